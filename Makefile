@@ -1,0 +1,33 @@
+# The project's commands. `make demo` and `make test` each do all the set-up they need.
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test lint format setup clean
+.DEFAULT_GOAL := demo
+
+demo: setup                 ## train three methods side by side on the embedded digits
+	$(BIN)/hbll compare digits
+
+test: setup                 ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: setup                 ## formatting, lint and types, as CI checks them
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: .venv/.complete      ## the environment, in .venv
+
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable ".[sublinear]" --group dev
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
