@@ -1,0 +1,7 @@
+"""hbll: deep networks trained without end-to-end backpropagation, in O(log N) sequential steps."""
+
+from hbll.network import TreeNetwork
+from hbll.objective import NodeReport, Objective, Step
+from hbll.tree import Tree
+
+__all__ = ["NodeReport", "Objective", "Step", "Tree", "TreeNetwork"]

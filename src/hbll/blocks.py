@@ -1,0 +1,177 @@
+"""Engines: how the blocks of many nodes are evaluated at once.
+
+``LoopEngine`` calls one block after the other. ``BatchedEngine`` stacks the parameters of blocks of one architecture
+inside the autograd graph and evaluates them in one vmapped call, so that a level of the tree costs one call whatever its
+width; gradients flow back into the blocks' own parameters. Both give the same numbers up to rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+__all__ = ["BatchedEngine", "Engine", "Evaluation", "LoopEngine", "make_engine"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one call of an engine returns.
+
+    outputs: (n, B, ...), the outputs of n blocks, with graph.
+    parameters: the trainable tensors that the outputs depend on, either the block's own or n of them stacked.
+    """
+
+    outputs: Tensor
+    parameters: tuple[Tensor, ...]
+
+
+class LoopEngine:
+    """Evaluates blocks one by one: every group is a single node."""
+
+    name = "loop"
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        self.blocks = blocks
+
+    def groups(self, nodes: Sequence[int]) -> list[tuple[int, ...]]:
+        """Splits nodes into groups that one call evaluates together."""
+        return [(n,) for n in nodes]
+
+    def __call__(self, nodes: tuple[int, ...], inputs: Tensor) -> Evaluation:
+        """Evaluates the blocks of one group.
+
+        Args:
+            nodes: a group.
+            inputs: (n, B, ...), one state per node.
+
+        Raises:
+            ValueError: a block returns another shape than it was given; the message names it.
+        """
+        (n,) = nodes
+        block = self.blocks[n - 1]
+        outputs = block(inputs[0])
+        check_shape(n, outputs, inputs[0])
+        return Evaluation(outputs.unsqueeze(0), tuple(p for p in block.parameters() if p.requires_grad))
+
+
+class BatchedEngine(LoopEngine):
+    """Evaluates blocks of one architecture in one call; a block without a twin is called by itself."""
+
+    name = "batched"
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__(blocks)
+        self._kinds = architectures(blocks)
+        self._names = [[name for name, _ in block.named_parameters()] for block in blocks]
+        self._parameters = [[p for _, p in block.named_parameters()] for block in blocks]
+
+    def groups(self, nodes: Sequence[int]) -> list[tuple[int, ...]]:
+        kinds: dict[tuple, list[int]] = {}
+        for n in nodes:
+            kinds.setdefault((self._kinds[n - 1], self.blocks[n - 1].training), []).append(n)
+        return [tuple(group) for group in kinds.values()]
+
+    def __call__(self, nodes: tuple[int, ...], inputs: Tensor) -> Evaluation:
+        if len(nodes) == 1:
+            return super().__call__(nodes, inputs)
+        block, names = self.blocks[nodes[0] - 1], self._names[nodes[0] - 1]
+        stacked = [torch.stack(same) for same in zip(*(self._parameters[n - 1] for n in nodes), strict=True)]
+
+        def call(parameters: list[Tensor], state: Tensor) -> Tensor:
+            return functional_call(block, dict(zip(names, parameters, strict=True)), (state,))
+
+        outputs = vmap(call, randomness="different")(stacked, inputs)
+        check_shape(nodes[0], outputs[0], inputs[0])
+        return Evaluation(outputs, tuple(p for p in stacked if p.requires_grad))
+
+
+Engine: TypeAlias = LoopEngine | BatchedEngine
+
+
+def check_shape(node: int, output: Tensor, state: Tensor) -> None:
+    """Raises ValueError unless a block kept the shape of the state."""
+    if output.shape != state.shape:
+        raise ValueError(
+            f"block {node} changes the state's shape from {tuple(state.shape)} to {tuple(output.shape)}; "
+            "every block must keep it, because blocks are called on the states of many nodes"
+        )
+
+
+def architectures(blocks: nn.ModuleList) -> list[int]:
+    """A number per block, equal for blocks that compute the same function of their parameters and input.
+
+    Two blocks are twins if their modules, plain attributes and parameter shapes agree. Blocks with buffers (running
+    statistics change in place), hooks or tensors as plain attributes have no twin.
+    """
+    described: list[object] = []
+    kinds = []
+    for block in blocks:
+        description = _describe(block)
+        if description is None or description not in described:
+            described.append(description)
+            kinds.append(len(described) - 1)
+        else:
+            kinds.append(described.index(description))
+    return kinds
+
+
+_TORCH_INTERNALS = set(vars(nn.Module()))
+
+
+def _describe(block: nn.Module) -> list | None:
+    """Everything but the parameters' values that a block's function depends on, or None if that cannot be told."""
+    if next(block.buffers(), None) is not None:
+        return None
+    description = []
+    for name, module in block.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return None
+        attributes = {key: value for key, value in vars(module).items() if key not in _TORCH_INTERNALS}
+        if any(isinstance(value, Tensor) for value in attributes.values()):
+            return None
+        shapes = [(key, p.shape, p.dtype, p.device) for key, p in module.named_parameters(recurse=False)]
+        description.append((name, type(module), attributes, shapes))
+    return description
+
+
+# The largest block, in parameters, for which one stacked call beats a loop; measured by benchmarks/engines.py.
+_CPU_LIMIT = 100_000
+
+
+def make_engine(blocks: nn.ModuleList, choice: str) -> Engine:
+    """The engine that a user asks for.
+
+    Args:
+        blocks: the blocks of nodes 1..N-1.
+        choice: ``loop``, ``batched``, or ``auto``, which takes the faster by what benchmarks/engines.py measured: batched
+            if the blocks have twins, none of them convolves channel by channel, and, on a CPU, they are small.
+
+    Raises:
+        ValueError: an unknown choice, or ``batched`` for blocks of which no two can be stacked.
+    """
+    if choice not in ("auto", "loop", "batched"):
+        raise ValueError(f"unknown engine {choice!r}: choose auto, loop or batched")
+    if choice == "loop" or len(blocks) == 1:
+        return LoopEngine(blocks)
+    engine = BatchedEngine(blocks)
+    stackable = len(engine.groups(range(1, len(blocks) + 1))) < len(blocks)
+    if choice == "batched":
+        if not stackable:
+            raise ValueError(
+                "no two blocks can be stacked: they need one architecture, equal plain attributes, "
+                "and neither buffers nor hooks; engine='loop' evaluates them one by one"
+            )
+        return engine
+    return engine if stackable and _stacking_pays(blocks) else LoopEngine(blocks)
+
+
+def _stacking_pays(blocks: nn.ModuleList) -> bool:
+    for module in blocks.modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+            return False
+    parameters = list(blocks.parameters())
+    on_cpu = all(p.device.type == "cpu" for p in parameters)
+    return not on_cpu or sum(p.numel() for p in parameters) / len(blocks) <= _CPU_LIMIT

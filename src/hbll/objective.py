@@ -1,0 +1,172 @@
+"""A training rule at work: states, credit and local update give one loss, and a report per node.
+
+objective = Objective("paper")            # or "tree", "bp", or options by name
+step = objective(network, x, y)
+step.loss.backward()                      # any torch optimizer then moves network.parameters()
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from hbll.blocks import Engine, make_engine
+from hbll.credit import CREDIT, Credit
+from hbll.network import TreeNetwork
+from hbll.rule import make_rule
+from hbll.states import STATES
+from hbll.trace import Trace, attach_gradients, stack, wide
+
+__all__ = ["NodeReport", "Objective", "Step"]
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What one node did in one step; means over the batch and over tokens, in nats where it is an error.
+
+    Fields are None where the rule has no such thing, and ``rose`` and ``cosine`` unless ``Objective.diagnose`` was asked.
+    """
+
+    error: float
+    """Of the right arc: the divergence of its prediction from its target, or the label's loss / label_variance."""
+    divergence: float | None = None
+    """KL(target || prior); the node's own loss in block scope."""
+    correction: float | None = None
+    """Norm of the change of the natural parameters from prior to target."""
+    distance: float | None = None
+    """Norm of the change of the means from prior to target."""
+    rose: float | None = None
+    """Share of samples for which divergence + error is larger at the target than at the prior: the step was too long."""
+    cosine: float | None = None
+    """Cosine between the gradient of the node's block and backpropagation's on the chain."""
+
+
+class Step:
+    """What a call of an objective returns.
+
+    Attributes:
+        loss: a scalar with graph: the sum of all nodes' losses. Its gradients are the rule's updates.
+        work, span: block evaluations of this step, all of them and the longest chain of dependent ones, in the units of
+            ``hbll.trace``; the backward pass through ``loss`` is counted in, made or not.
+        engine: how the blocks were evaluated, ``loop`` or ``batched``.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.loss = torch.stack([term for _, term in trace.terms]).sum()
+        self.work = trace.work
+        self.span = trace.span
+        self.engine = trace.engine.name
+
+    @cached_property
+    def nodes(self) -> dict[int, NodeReport]:
+        """A report per corrected node, computed when first asked for (which waits for the device)."""
+        return self.report({}, {})
+
+    def report(self, rose: dict[int, float], cosine: dict[int, float]) -> dict[int, NodeReport]:
+        """The reports, with what a diagnosis adds."""
+        reports = {}
+        family, trace = self.trace.family, self.trace
+        for c in trace.corrections:
+            prior, target = wide(c.prior), wide(c.target)
+            change = (family.natural(target) - family.natural(prior)).norm(dim=family.dim)
+            fields = [
+                c.error,
+                trace.per_sample(family.divergence(target, prior)).mean(1),
+                trace.per_sample(change).mean(1),
+                trace.per_sample((target - prior).norm(dim=family.dim)).mean(1),
+            ]
+            for n, values in zip(c.nodes, torch.stack(fields, 1).tolist(), strict=True):
+                reports[n] = NodeReport(*values, rose.get(n), cosine.get(n))
+        if not reports:  # exact credit has no corrections
+            (nodes, term), *_ = trace.terms
+            reports = {n: NodeReport(term.item(), cosine=cosine.get(n)) for n in nodes}
+        return dict(sorted(reports.items()))
+
+
+class Objective(nn.Module):
+    """A training rule: a preset, or any combination of options.
+
+    Args:
+        rule: ``paper`` (HBLL as published), ``tree`` (its leak-free variant) or ``bp`` (backpropagation).
+        options: fields of ``hbll.rule.Rule`` that replace the preset's.
+
+    Raises:
+        ValueError: an unknown rule, option or value, or a combination that cannot be.
+    """
+
+    def __init__(self, rule: str = "paper", **options: Any) -> None:
+        super().__init__()
+        self.rule = make_rule(rule, options)
+        self.states = STATES[self.rule.states](self.rule)
+        self.credit: Credit = CREDIT[self.rule.credit](self.rule)
+        self._engines: WeakKeyDictionary[TreeNetwork, Engine] = WeakKeyDictionary()
+
+    def engine(self, network: TreeNetwork) -> Engine:
+        """The engine that evaluates a network's blocks, chosen when the objective first sees the network."""
+        if network not in self._engines:
+            self._engines[network] = make_engine(network.blocks, self.rule.engine)
+        return self._engines[network]
+
+    def forward(self, network: TreeNetwork, x: Any, y: Any) -> Step:
+        """One training step up to the loss.
+
+        Args:
+            network: the network to train.
+            x: a batch of what its embed takes.
+            y: its labels, as the rule's loss takes them; classes (B,) or (B, T) by default.
+
+        Raises:
+            ValueError: a block changes the state's shape, or a label is outside the classes.
+        """
+        trace = Trace(network, self.engine(network), self.rule, x, y)
+        self.states(trace, self.credit)
+        self.credit.finish(trace)
+        self._update(trace)
+        trace.count_backward()
+        return Step(trace)
+
+    def _update(self, trace: Trace) -> None:
+        """The local update: every block moves its output to the node's target, or along the node's gradient."""
+        for wave in trace.waves:
+            if wave.nodes[0] not in trace.target:
+                continue
+            outputs = wave.evaluation.outputs
+            if self.rule.scope == "block":
+                target = stack([trace.target[n] for n in wave.nodes])
+                divergence = trace.family.divergence(wide(target), wide(outputs))
+                term = trace.per_sample(divergence).mean(1).sum()
+            else:
+                gradient = stack([trace.gradient[n] for n in wave.nodes])
+                term = attach_gradients(gradient.new_zeros(()), [outputs], [gradient])
+            trace.terms.append((wave.nodes, term))
+
+    def diagnose(self, network: TreeNetwork, x: Any, y: Any) -> dict[int, NodeReport]:
+        """The reports of one batch with ``rose`` and ``cosine``; costs about two steps and leaves no gradient behind."""
+        step = self(network, x, y)
+        family, trace = step.trace.family, step.trace
+        rose = {}
+        with torch.no_grad():
+            for c in trace.corrections:
+                prior, target = wide(c.prior), wide(c.target)
+                after = c.energy(c.target) + trace.per_sample(family.divergence(target, prior))
+                share = (after > c.energy(c.prior)).float().mean(1)
+                rose.update(zip(c.nodes, share.tolist(), strict=True))
+        return step.report(rose, self._cosines(network, step, x, y))
+
+    def _cosines(self, network: TreeNetwork, step: Step, x: Any, y: Any) -> dict[int, float]:
+        parameters = [[p for p in block.parameters() if p.requires_grad] for block in network.blocks]
+        exact = Objective("bp", loss=self.rule.loss, engine="loop")(network, x, y)
+        flat = [p for block in parameters for p in block]
+        ours = iter(torch.autograd.grad(step.loss, flat, materialize_grads=True))
+        theirs = iter(torch.autograd.grad(exact.loss, flat, materialize_grads=True))
+        cosines = {}
+        for n, block in enumerate(parameters, 1):
+            if block:
+                mine = torch.cat([next(ours).flatten() for _ in block])
+                other = torch.cat([next(theirs).flatten() for _ in block])
+                cosines[n] = torch.cosine_similarity(mine, other, dim=0).item()
+        return cosines

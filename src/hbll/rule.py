@@ -1,0 +1,92 @@
+"""A training rule by its options: which states, which credit, which local update, and their parameters."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin
+
+from hbll.families import FAMILIES
+from hbll.losses import Loss, cross_entropy
+
+__all__ = ["PRESETS", "Rule"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The options of a training rule (arXiv 2606.21497, section 3, and what was found since: see the README).
+
+    Raises:
+        ValueError: an option has no such value, or two of them exclude each other.
+    """
+
+    states: Literal["tree", "chain"] = "tree"
+    """What a block is evaluated on: its left parent in the tree, or its predecessor in the chain, one after the other."""
+    boundary: Literal["posterior", "prior"] = "posterior"
+    """What a node of the tree hands to its children: its target, or what its block computed."""
+    credit: Literal["arcs", "exact"] = "arcs"
+    """Inverted right arcs, or the exact gradient through the whole chain."""
+    scope: Literal["block", "triplet", "tree"] = "block"
+    """How far the gradient of a node's error reaches: the right neighbour (f_n then moves to its target), also the node's
+    own block, or everything that the node's state was computed from."""
+    inversion: Literal["none", "taylor", "exact"] = "taylor"
+    """How a target is found: not at all, by one gradient step, or by conjugate gradients on the linearised arc."""
+    step: float = 0.5
+    """The length of the gradient step; 1/2 is exact for orthogonal linear arcs."""
+    iterations: int = 8
+    """Conjugate-gradient iterations of the exact inversion."""
+    noise: float = 0.0
+    """Standard deviation of the Gaussian noise on every target, in units of the state."""
+    family: Literal["gaussian", "bernoulli", "categorical"] = "gaussian"
+    """The exponential family of the states, whose means the blocks exchange."""
+    variance: float = 1.0
+    """sigma^2 of Gaussian states; a larger one weighs the states' errors less against the label's."""
+    label_variance: float = 1.0
+    """The label's error is loss / label_variance."""
+    loss: Loss = cross_entropy
+    """The label's loss."""
+    path: None | str | int | Sequence[int] = None
+    """The path that chain states follow; by default the whole chain."""
+    engine: Literal["auto", "loop", "batched"] = "auto"
+    """How the blocks of a level are evaluated: one by one, or stacked in one call."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if get_origin(field.type) is Literal and getattr(self, field.name) not in get_args(field.type):
+                choices = ", ".join(get_args(field.type))
+                raise ValueError(f"{field.name} is one of {choices}; got {getattr(self, field.name)!r}")
+        for name in ("step", "variance", "label_variance"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.iterations < 1 or self.noise < 0:
+            raise ValueError(f"iterations must be at least 1 and noise at least 0; got {self.iterations}, {self.noise}")
+        if self.inversion == "exact" and self.family != "gaussian":
+            raise ValueError("the exact inversion is for Gaussian states; take inversion='taylor' for other families")
+        if self.states == "chain" and self.boundary == "posterior":
+            raise ValueError("chain states are priors, for a target needs states to its right: take boundary='prior'")
+        if self.credit == "exact" and self.states != "chain":
+            raise ValueError("exact credit needs the states of the chain: take states='chain'")
+        if self.path is not None and not (self.states == "chain" and self.credit == "exact"):
+            raise ValueError("a path other than the whole chain can be trained by states='chain', credit='exact' only")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "tree": {"boundary": "prior", "scope": "triplet"},
+    "bp": {"states": "chain", "boundary": "prior", "credit": "exact", "scope": "tree"},
+}
+"""The named rules: HBLL as published, its variant without leaks from the label, and backpropagation."""
+
+
+def make_rule(name: str, options: dict[str, Any]) -> Rule:
+    """The preset of that name with some of its options replaced.
+
+    Raises:
+        ValueError: an unknown preset, option or value; the message names the nearest one.
+    """
+    known = [field.name for field in fields(Rule)]
+    for word, words, kind in [(name, list(PRESETS), "rule"), *((option, known, "option") for option in options)]:
+        if word not in words:
+            near = difflib.get_close_matches(word, words, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(words)}"
+            raise ValueError(f"unknown {kind} {word!r}; {hint}")
+    return Rule(**{**PRESETS[name], **options})

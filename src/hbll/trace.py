@@ -1,0 +1,201 @@
+"""What one training step has computed so far: the states with their graphs, the credit, the losses, and their cost.
+
+States and credit (``hbll.states``, ``hbll.credit``) write into a Trace, the objective reads the losses from it. Every
+block evaluation is counted as it happens: *work* is their number and *span* the longest chain of them in which each needs
+the one before. One forward evaluation, one vector-Jacobian product for a block's input and one for its parameters cost a
+unit each; embed and head cost nothing. Parameter products hang off the chain: nothing waits for them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbll.blocks import Engine, Evaluation
+from hbll.families import FAMILIES, Family, Gaussian
+from hbll.network import TreeNetwork
+from hbll.rule import Rule
+
+__all__ = ["Correction", "Trace", "Wave", "attach_gradients"]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Blocks that were evaluated together as part of the states.
+
+    nodes: n of them; parents: the node whose boundary each one read.
+    inputs, evaluation.outputs: (n, B, ...), with graph.
+    depth: the span at which the outputs were there.
+    """
+
+    nodes: tuple[int, ...]
+    parents: tuple[int, ...]
+    inputs: Tensor
+    evaluation: Evaluation
+    depth: int
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The credit of nodes that were corrected together; all tensors detached.
+
+    prior: (n, B, ...), the states a_n that their blocks computed.
+    gradient: (n, B, ...), of the mean error in them.
+    target: (n, B, ...), the posterior states.
+    error: (n,), the mean error of the right arc, in nats.
+    energy: state (n, B, ...) -> (n, B), each sample's own error of the right arc at another state.
+    depth: the span at which gradient and target were there.
+    """
+
+    nodes: tuple[int, ...]
+    prior: Tensor
+    gradient: Tensor
+    target: Tensor
+    error: Tensor
+    energy: Callable[[Tensor], Tensor]
+    depth: int
+
+
+class _AttachGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, count: int, *tensors_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors_and_gradients[count:])
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = tuple(grad_output * gradient for gradient in ctx.saved_tensors)
+        return (None, None, *gradients, *(None for _ in gradients))
+
+
+def attach_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar with the given value whose gradients in ``tensors`` are already known.
+
+    Credit walks the backward graph of an arc once, for the state and for the parameters; this hands the parameters' share
+    to the loss without a second walk.
+    """
+    return _AttachGradients.apply(value.detach(), len(tensors), *tensors, *gradients)
+
+
+class Trace:
+    """One training step in the making.
+
+    Args:
+        network: the network to train.
+        engine: evaluates its blocks.
+        rule: the family and variances.
+        x: the input of embed.
+        y: the labels, as the rule's loss takes them.
+
+    Attributes:
+        tokens: tokens (pixels) of a state, 1 if it has features only.
+        boundary: what the children of a node read, (B, ...), per node from 0 on.
+        gradient, target: fields of the corrections, (B, ...), per corrected node.
+        terms: the losses so far, each with the nodes it belongs to.
+        work, span: the cost so far.
+    """
+
+    def __init__(self, network: TreeNetwork, engine: Engine, rule: Rule, x: Any, y: Any) -> None:
+        self.network = network
+        self.tree = network.tree
+        self.engine = engine
+        self.rule = rule
+        self.y = y
+        embedded = network.embed(x)
+        dim = network.features(embedded)
+        self.family: Family = Gaussian(rule.variance, dim) if rule.family == "gaussian" else FAMILIES[rule.family](dim)
+        self.tokens = embedded.numel() // (embedded.shape[0] * embedded.shape[dim])
+        self.boundary: dict[int, Tensor] = {0: embedded}
+        self.gradient: dict[int, Tensor] = {}
+        self.target: dict[int, Tensor] = {}
+        self.waves: list[Wave] = []
+        self.corrections: list[Correction] = []
+        self.terms: list[tuple[tuple[int, ...], Tensor]] = []
+        self.work = 0
+        self.span = 0
+        self._outputs: dict[int, Tensor] = {}
+        self._depth: dict[str, dict[int, int]] = {"boundary": {0: 0}, "output": {}, "target": {}}
+
+    def depth(self, what: str, nodes: Sequence[int]) -> int:
+        """The span at which every boundary, output or target of these nodes was there."""
+        return max(self._depth[what][n] for n in nodes)
+
+    def count(self, evaluations: int, depth: int) -> None:
+        """Counts evaluations made at once, whose results are there at span ``depth``."""
+        self.work += evaluations
+        self.span = max(self.span, depth)
+
+    def evaluate(self, nodes: Sequence[int], parents: Sequence[int]) -> list[Wave]:
+        """Evaluates blocks on the boundaries of their parents, as many at once as the engine can."""
+        parent_of = dict(zip(nodes, parents, strict=True))
+        waves = []
+        for group in self.engine.groups(nodes):
+            above = tuple(parent_of[n] for n in group)
+            inputs = stack([self.boundary[p] for p in above])
+            wave = Wave(group, above, inputs, self.engine(group, inputs), self.depth("boundary", above) + 1)
+            self.count(len(group), wave.depth)
+            self._outputs.update(zip(group, wave.evaluation.outputs.unbind(0), strict=True))
+            self._depth["output"].update(dict.fromkeys(group, wave.depth))
+            waves.append(wave)
+        self.waves += waves
+        return waves
+
+    def set_boundary(self, wave: Wave, boundary: Tensor, depth: int) -> None:
+        """What the children of a wave's nodes will read, (n, B, ...), there at span ``depth``."""
+        self.boundary.update(zip(wave.nodes, boundary.unbind(0), strict=True))
+        self._depth["boundary"].update(dict.fromkeys(wave.nodes, depth))
+
+    def outputs(self, nodes: tuple[int, ...]) -> Tensor:
+        """What the blocks of these nodes computed, (n, B, ...), without graph."""
+        for wave in self.waves:
+            if wave.nodes == nodes:
+                return wave.evaluation.outputs.detach()
+        return stack([self._outputs[n].detach() for n in nodes])
+
+    def add_correction(self, correction: Correction) -> None:
+        """Records the credit of some nodes."""
+        self.corrections.append(correction)
+        self.gradient.update(zip(correction.nodes, correction.gradient.unbind(0), strict=True))
+        self.target.update(zip(correction.nodes, correction.target.unbind(0), strict=True))
+        self.credited(correction.nodes, correction.depth)
+
+    def credited(self, nodes: tuple[int, ...], depth: int) -> None:
+        """Says that the credit of some nodes was there at span ``depth``."""
+        self._depth["target"].update(dict.fromkeys(nodes, depth))
+
+    def per_sample(self, values: Tensor) -> Tensor:
+        """Averages over tokens: (n, B, ...) to (n, B)."""
+        return values.flatten(2).mean(2) if values.ndim > 2 else values
+
+    def count_backward(self) -> None:
+        """Counts the backward pass through the states' graph that ``loss.backward()`` is going to make.
+
+        A wave is walked once: its parameters always, its inputs if they carry a graph (the embedded input does; other
+        boundaries do if the scope is the tree). The engine's call is one operation, so all of its inputs are walked then.
+        """
+        arrived = dict(self._depth["target"])
+        for wave in reversed(self.waves):
+            depths = [arrived[n] for n in wave.nodes if n in arrived]
+            if not depths:
+                continue
+            depth = max(depths) + 1
+            if wave.evaluation.parameters:
+                self.count(len(wave.nodes), depth)
+            if wave.inputs.requires_grad:
+                self.count(len(wave.nodes), depth)
+                for parent in wave.parents:
+                    if self.boundary[parent].requires_grad:
+                        arrived[parent] = max(arrived.get(parent, 0), depth)
+
+
+def stack(states: Sequence[Tensor]) -> Tensor:
+    """States of (B, ...) as one of (n, B, ...); a single one is not copied."""
+    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(list(states))
+
+
+def wide(values: Tensor) -> Tensor:
+    """At least float32: errors of half-precision states are summed over many features."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
