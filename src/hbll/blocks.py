@@ -5,15 +5,16 @@ inside the autograd graph and evaluates them in one vmapped call, so that a leve
 width; gradients flow back into the blocks' own parameters. Both give the same numbers up to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["BatchedEngine", "Engine", "Evaluation", "LoopEngine", "make_engine"]
+__all__ = ["BatchedEngine", "Engine", "Evaluation", "LoopEngine", "make_engine", "stack"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class LoopEngine:
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
+        # Where each block keeps its parameters: looking them up anew costs more than evaluating a small block.
+        self._slots = [
+            [(module._parameters, key, name) for name, module, key in _parameter_slots(block)] for block in blocks
+        ]
 
     def groups(self, nodes: Sequence[int]) -> list[tuple[int, ...]]:
         """Splits nodes into groups that one call evaluates together."""
@@ -50,26 +55,36 @@ class LoopEngine:
         Raises:
             ValueError: a block returns another shape than it was given; the message names it.
         """
-        (n,) = nodes
-        block = self.blocks[n - 1]
-        outputs = block(inputs[0])
-        check_shape(n, outputs, inputs[0])
-        return Evaluation(outputs.unsqueeze(0), tuple(p for p in block.parameters() if p.requires_grad))
+        outputs = []
+        parameters: list[Tensor] = []
+        for n, state in zip(nodes, inputs.unbind(0), strict=True):
+            output = self.blocks[n - 1](state)
+            check_shape(n, output, state)
+            outputs.append(output)
+            parameters += [p for p in self._parameters(n) if p.requires_grad]
+        return Evaluation(stack(outputs), tuple(parameters))
+
+    def _parameters(self, node: int) -> list[Tensor]:
+        return [owner[key] for owner, key, _ in self._slots[node - 1]]
 
 
 class BatchedEngine(LoopEngine):
-    """Evaluates blocks of one architecture in one call; a block without a twin is called by itself."""
+    """Evaluates blocks of one architecture in one call; a block without a twin is called by itself.
+
+    The blocks' forward is vmapped over stacked parameters, recorded once per input shape as plain batched operations, and
+    replayed from then on, because vmap and module calls cost more than the arithmetic of a small block. Plain attributes
+    of blocks (a dropout rate) are therefore read once.
+    """
 
     name = "batched"
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         super().__init__(blocks)
         self._kinds = architectures(blocks)
-        self._names = [[name for name, _ in block.named_parameters()] for block in blocks]
-        self._parameters = [[p for _, p in block.named_parameters()] for block in blocks]
+        self._recorded: dict[tuple, Callable[..., Tensor]] = {}
 
     def groups(self, nodes: Sequence[int]) -> list[tuple[int, ...]]:
-        kinds: dict[tuple, list[int]] = {}
+        kinds: dict[tuple[int, bool], list[int]] = {}
         for n in nodes:
             kinds.setdefault((self._kinds[n - 1], self.blocks[n - 1].training), []).append(n)
         return [tuple(group) for group in kinds.values()]
@@ -77,15 +92,71 @@ class BatchedEngine(LoopEngine):
     def __call__(self, nodes: tuple[int, ...], inputs: Tensor) -> Evaluation:
         if len(nodes) == 1:
             return super().__call__(nodes, inputs)
-        block, names = self.blocks[nodes[0] - 1], self._names[nodes[0] - 1]
-        stacked = [torch.stack(same) for same in zip(*(self._parameters[n - 1] for n in nodes), strict=True)]
-
-        def call(parameters: list[Tensor], state: Tensor) -> Tensor:
-            return functional_call(block, dict(zip(names, parameters, strict=True)), (state,))
-
-        outputs = vmap(call, randomness="different")(stacked, inputs)
+        stacked = [torch.stack(same) for same in zip(*map(self._parameters, nodes), strict=True)]
+        outputs = self._function(nodes, stacked, inputs)(*stacked, inputs)
         check_shape(nodes[0], outputs[0], inputs[0])
         return Evaluation(outputs, tuple(p for p in stacked if p.requires_grad))
+
+    def _function(self, nodes: tuple[int, ...], stacked: list[Tensor], inputs: Tensor) -> Callable[..., Tensor]:
+        first = nodes[0] - 1
+        device = inputs.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = (self._kinds[first], self.blocks[first].training, inputs.shape, inputs.dtype, device, autocast)
+        if key not in self._recorded:
+            names = [name for _, _, name in self._slots[first]]
+            self._recorded[key] = record_batched(self.blocks[first], names, stacked, inputs)
+        return self._recorded[key]
+
+
+def record_batched(
+    block: nn.Module, names: Sequence[str], stacked: Sequence[Tensor], inputs: Tensor
+) -> Callable[..., Tensor]:
+    """A block's forward for many sets of parameters at once, as a function of (*stacked parameters, inputs).
+
+    Raises:
+        ValueError: the block does something that cannot be batched, such as a branch on values.
+    """
+
+    def call(parameters: Sequence[Tensor], state: Tensor) -> Tensor:
+        return functional_call(block, dict(zip(names, parameters, strict=True)), (state,))
+
+    def batched(*tensors: Tensor) -> Tensor:
+        return vmap(call, randomness="different")(tensors[:-1], tensors[-1])
+
+    try:
+        graph = make_fx(batched)(*(p.detach() for p in stacked), inputs.detach())
+    except RuntimeError as error:
+        raise ValueError(
+            f"blocks of type {type(block).__name__} cannot be stacked in one call, so take engine='loop': {error}"
+        ) from error
+    # vmap leaves views that change nothing and products with 1; each would cost an operation forward and one backward.
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph.forward
+
+
+def _changes_nothing(node: torch.fx.Node) -> bool:
+    aten = torch.ops.aten
+    if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default):
+        return node.meta["val"].shape == node.args[0].meta["val"].shape
+    return node.target is aten.mul.Scalar and node.args[1] == 1
+
+
+def _parameter_slots(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    seen = set()
+    for prefix, module in block.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{prefix}.{key}" if prefix else key), module, key
+
+
+def stack(states: Sequence[Tensor]) -> Tensor:
+    """States of (B, ...) as one of (n, B, ...); a single one is not copied."""
+    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(list(states))
 
 
 Engine: TypeAlias = LoopEngine | BatchedEngine

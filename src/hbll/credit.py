@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbll.blocks import Evaluation
+from hbll.blocks import Evaluation, stack
 from hbll.inversion import gauss_newton, taylor
 from hbll.rule import Rule
-from hbll.trace import Correction, Trace, attach_gradients, stack, wide
+from hbll.trace import Correction, Trace, attach_gradients, wide
 
 __all__ = ["CREDIT", "ArcCredit", "Credit", "Errors", "ExactCredit"]
 
@@ -146,10 +146,9 @@ class ExactCredit(Credit):
         super().__init__()
 
     def finish(self, trace: Trace) -> None:
-        last = trace.waves[-1]
-        found = label_errors(trace, on_head(trace, last.evaluation.outputs).outputs)
-        trace.terms.append((last.nodes, found.mean.sum()))
-        trace.credited(last.nodes, last.depth)
+        assert trace.last is not None  # the rule pairs exact credit with chain states
+        node, state = trace.last
+        trace.terms.append(((node,), label_errors(trace, trace.network.head(state)).mean.sum()))
 
 
 def on_head(trace: Trace, state: Tensor) -> Evaluation:

@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hbll.blocks import Engine, make_engine
+from hbll.blocks import Engine, make_engine, stack
 from hbll.credit import CREDIT, Credit
 from hbll.network import TreeNetwork
 from hbll.rule import make_rule
 from hbll.states import STATES
-from hbll.trace import Trace, attach_gradients, stack, wide
+from hbll.trace import Trace, attach_gradients, wide
 
 __all__ = ["NodeReport", "Objective", "Step"]
 

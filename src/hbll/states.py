@@ -8,7 +8,8 @@ from torch import nn
 
 from hbll.credit import Credit
 from hbll.rule import Rule
-from hbll.trace import Trace, stack
+from hbll.blocks import stack
+from hbll.trace import Trace
 
 __all__ = ["STATES", "ChainStates", "TreeStates"]
 
@@ -42,20 +43,23 @@ class TreeStates(nn.Module):
 
 
 class ChainStates(nn.Module):
-    """One block after the other along a path, by default the chain: exact, N - 1 sequential calls."""
+    """One block after the other, as deployed: exact, N - 1 sequential calls.
+
+    With exact credit the states carry one graph from end to end, along any path; otherwise each block learns by itself.
+    """
 
     def __init__(self, rule: Rule) -> None:
         super().__init__()
-        self.path = rule.path
-        self.carry_gradient = rule.credit == "exact" or rule.scope == "tree"
+        self.rule = rule
 
     def forward(self, trace: Trace, credit: Credit) -> None:
-        parent = 0
-        for n in trace.network.resolve(self.path):
-            (wave,) = trace.evaluate([n], [parent])
+        if self.rule.credit == "exact":
+            trace.evaluate_path(trace.network.resolve(self.rule.path))
+            return
+        for n in trace.tree.chain:
+            (wave,) = trace.evaluate([n], [n - 1])
             outputs = wave.evaluation.outputs
-            trace.set_boundary(wave, outputs if self.carry_gradient else outputs.detach(), wave.depth)
-            parent = n
+            trace.set_boundary(wave, outputs if self.rule.scope == "tree" else outputs.detach(), wave.depth)
 
 
 STATES: dict[str, type[nn.Module]] = {"tree": TreeStates, "chain": ChainStates}

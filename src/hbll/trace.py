@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbll.blocks import Engine, Evaluation
+from hbll.blocks import Engine, Evaluation, check_shape, stack
 from hbll.families import FAMILIES, Family, Gaussian
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
+from hbll.tree import Path
 
 __all__ = ["Correction", "Trace", "Wave", "attach_gradients"]
 
@@ -95,6 +96,7 @@ class Trace:
         boundary: what the children of a node read, (B, ...), per node from 0 on.
         gradient, target: fields of the corrections, (B, ...), per corrected node.
         terms: the losses so far, each with the nodes it belongs to.
+        last: the last node of a path that was evaluated in one graph, and its state (B, ...).
         work, span: the cost so far.
     """
 
@@ -114,6 +116,7 @@ class Trace:
         self.waves: list[Wave] = []
         self.corrections: list[Correction] = []
         self.terms: list[tuple[tuple[int, ...], Tensor]] = []
+        self.last: tuple[int, Tensor] | None = None
         self.work = 0
         self.span = 0
         self._outputs: dict[int, Tensor] = {}
@@ -143,6 +146,22 @@ class Trace:
         self.waves += waves
         return waves
 
+    def evaluate_path(self, path: Path) -> None:
+        """Evaluates blocks one after the other from node 0 on, in one graph, and counts the walk back through it."""
+        state = self.boundary[0]
+        for length, n in enumerate(path, 1):
+            block = self.network.blocks[n - 1]
+            output = block(state)
+            check_shape(n, output, state)
+            self.count(1, length)
+            back = 2 * len(path) + 1 - length
+            if any(p.requires_grad for p in block.parameters()):
+                self.count(1, back)
+            if state.requires_grad:
+                self.count(1, back)
+            state = output
+        self.last = path[-1], state
+
     def set_boundary(self, wave: Wave, boundary: Tensor, depth: int) -> None:
         """What the children of a wave's nodes will read, (n, B, ...), there at span ``depth``."""
         self.boundary.update(zip(wave.nodes, boundary.unbind(0), strict=True))
@@ -160,11 +179,7 @@ class Trace:
         self.corrections.append(correction)
         self.gradient.update(zip(correction.nodes, correction.gradient.unbind(0), strict=True))
         self.target.update(zip(correction.nodes, correction.target.unbind(0), strict=True))
-        self.credited(correction.nodes, correction.depth)
-
-    def credited(self, nodes: tuple[int, ...], depth: int) -> None:
-        """Says that the credit of some nodes was there at span ``depth``."""
-        self._depth["target"].update(dict.fromkeys(nodes, depth))
+        self._depth["target"].update(dict.fromkeys(correction.nodes, correction.depth))
 
     def per_sample(self, values: Tensor) -> Tensor:
         """Averages over tokens: (n, B, ...) to (n, B)."""
@@ -189,11 +204,6 @@ class Trace:
                 for parent in wave.parents:
                     if self.boundary[parent].requires_grad:
                         arrived[parent] = max(arrived.get(parent, 0), depth)
-
-
-def stack(states: Sequence[Tensor]) -> Tensor:
-    """States of (B, ...) as one of (n, B, ...); a single one is not copied."""
-    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(list(states))
 
 
 def wide(values: Tensor) -> Tensor:
