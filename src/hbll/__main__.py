@@ -1,0 +1,5 @@
+"""`python -m hbll`."""
+
+from hbll.cli import main
+
+main()

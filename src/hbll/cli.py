@@ -1,0 +1,262 @@
+"""The command line: `hbll train | evaluate | compare | report`.
+
+Parsing is tyro's, from the option classes below; a recipe's own options come flat among them. What a command needs is
+imported when it runs, so that `hbll --help` answers at once. Results go to stdout, progress and errors to stderr.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
+
+if TYPE_CHECKING:
+    from hbll.recipes import Recipe
+    from hbll.training.compare import Comparison
+    from hbll.training.run import Run
+
+RecipeT = TypeVar("RecipeT", bound="Recipe")
+"""A TypeVar, because the option classes are made for one recipe at a time: `TrainOptions[Digits]`."""
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Generic[RecipeT]):
+    recipe: RecipeT
+
+    method: str = "paper"
+    """The training rule: paper, tree, bp, ... (the presets of hbll.Objective)."""
+
+    seed: int = 0
+    """Of the initial weights, the order of the samples and the rule's noise."""
+
+    data_dir: Path | None = None
+    """Folder that holds the data sets ($HBLL_DATA, else ~/.cache/hbll)."""
+
+    run_dir: Path | None = None
+    """The run's folder (runs/RECIPE-METHOD-sSEED-TIME)."""
+
+    resume: FlagCreatePairsOff[bool] = False
+    """Go on with the run in --run-dir; options not given are as the run has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Generic[RecipeT]):
+    recipe: RecipeT
+
+    methods: tuple[str, ...] = ("paper", "tree", "bp")
+    """The training rules to compare."""
+
+    seeds: int = 3
+    """Runs of each method, with seeds from 0."""
+
+    data_dir: Path | None = None
+    """Folder that holds the data sets ($HBLL_DATA, else ~/.cache/hbll)."""
+
+    run_dir: Path | None = None
+    """Folder of the comparison, with a run's folder for each method and seed (runs/RECIPE-compare-TIME)."""
+
+    resume: FlagCreatePairsOff[bool] = False
+    """Go on with the comparison in --run-dir."""
+
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    run: Positional[Path]
+    """Folder of the run."""
+
+    path: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """Paths to evaluate, each by its blocks (4-6-7), or `chain`, or `rim`. Without it the chain, and the rim cut short
+    at every length."""
+
+    data_dir: Path | None = None
+    """Folder that holds the data sets (the run's own, else $HBLL_DATA, else ~/.cache/hbll)."""
+
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    folder: Positional[Path]
+    """Folder of a run or of a comparison."""
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train a network: hbll train RECIPE [OPTIONS]"""
+    from hbll.training.console import train_shown
+    from hbll.training.run import Run, open_run
+
+    recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
+    name = f"{recipe.name}-{options.method}-s{options.seed}-{_now()}"
+    run = Run(
+        recipe=options.recipe,
+        method=options.method,
+        seed=options.seed,
+        folder=options.run_dir or RUNS / name,
+        data_dir=options.data_dir,
+    )
+    train_shown(run, resume=options.resume)
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Measure a run's network along paths of its tree: hbll evaluate RUN [OPTIONS]"""
+    from hbll.training.console import show_paths
+    from hbll.training.evaluate import evaluate_run
+
+    options = _parse(EvaluateOptions, arguments, "hbll evaluate")
+    paths = evaluate_run(options.run, [path for group in options.path for path in group], options.data_dir)
+    if options.json:
+        print(json.dumps({"paths": paths}))
+    else:
+        show_paths(paths)
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """Train methods side by side over seeds: hbll compare RECIPE [OPTIONS]"""
+    from hbll.training.compare import Comparison, open_comparison
+    from hbll.training.console import compare_shown, show_results
+    from hbll.training.report import write_report
+
+    recipe, options = _recipe_options("compare", arguments, CompareOptions, open_comparison)
+    comparison = Comparison(
+        recipe=options.recipe,
+        methods=options.methods,
+        seeds=options.seeds,
+        folder=options.run_dir or RUNS / f"{recipe.name}-compare-{_now()}",
+        data_dir=options.data_dir,
+    )
+    results = compare_shown(comparison, resume=options.resume)
+    page = write_report(comparison.folder)
+    if options.json:
+        print(json.dumps({"methods": results}))
+    else:
+        show_results(results, page)
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write the page of a run or a comparison: hbll report FOLDER"""
+    from hbll.training.report import write_report
+
+    print(write_report(_parse(ReportOptions, arguments, "hbll report").folder))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    command.__name__: command for command in (train, evaluate, compare, report)
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0, 2 after an error of the user's (one sentence on stderr), 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _dispatch(arguments)
+    except ValueError as error:
+        print(f"hbll: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interruption:
+        print(f"hbll: {interruption or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        rows = [f"  {command.__doc__}" for command in COMMANDS.values()]
+        print("usage: hbll COMMAND ...\n", *rows, "\n`hbll COMMAND --help` says more.", sep="\n")
+        return
+    COMMANDS[_known(arguments[0], COMMANDS, "command")](arguments[1:])
+
+
+def _recipe_options(
+    command: str, arguments: Sequence[str], kind: Any, open_stored: "Callable[[Path], Run | Comparison]"
+) -> "tuple[type[Recipe], Any]":
+    """The recipe that the first argument names, and the options; those not given on resuming are the stored ones."""
+    from hbll.recipes import RECIPES
+
+    if arguments and arguments[0] in ("-h", "--help"):
+        rows = [f"  {name:12} {recipe.__doc__}" for name, recipe in RECIPES.items()]
+        print(
+            f"usage: hbll {command} RECIPE [OPTIONS]\n", *rows, f"\n`hbll {command} RECIPE --help` says more.", sep="\n"
+        )
+        sys.exit(0)
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"hbll {command} needs the name of a recipe first: {', '.join(RECIPES)}")
+    recipe = RECIPES[_known(arguments[0], RECIPES, "recipe")]
+    prog = f"hbll {command} {recipe.name}"
+    options = _parse(kind[recipe], arguments[1:], prog)
+    if options.resume:
+        if options.run_dir is None:
+            raise ValueError("--resume needs --run-dir, the folder to go on in")
+        stored = open_stored(options.run_dir)
+        if type(stored.recipe) is not recipe:
+            raise ValueError(f"{options.run_dir} was begun with the recipe {stored.recipe.name}, not {recipe.name}")
+        begun = {field.name: getattr(stored, field.name) for field in fields(kind) if hasattr(stored, field.name)}
+        options = _parse(kind[recipe], arguments[1:], prog, default=kind(**begun))
+    return recipe, options
+
+
+def _parse(options: Any, arguments: Sequence[str], prog: str, default: Any = None) -> Any:
+    """The options that the arguments give; ValueError with one sentence when they do not."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            parsed, unknown = tyro.cli(
+                options,
+                prog=prog,
+                args=list(arguments),
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_sentence(output.getvalue())) from None
+        raise
+    for word in unknown:
+        if word.startswith("-"):
+            _known(word.split("=")[0], _flags(parsed), "option")
+    if unknown:
+        raise ValueError(f"{prog} does not know what to do with {' '.join(unknown)}")
+    return parsed
+
+
+def _flags(options: Any) -> list[str]:
+    flags = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        flags += _flags(value) if is_dataclass(value) else ["--" + field.name.replace("_", "-")]
+    return flags
+
+
+def _known(word: str, words: Iterable[str], what: str) -> str:
+    """`word` when it is one of `words`; ValueError suggesting the nearest when not."""
+    words = list(words)
+    if word in words:
+        return word
+    near = difflib.get_close_matches(word, words, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(words)}"
+    raise ValueError(f"unknown {what} {word}; {hint}")
+
+
+def _sentence(box: str) -> str:
+    """The first paragraph of tyro's framed error."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    text = [line for line in lines if not line.startswith("╭")]
+    first = next((number for number, line in enumerate(text) if not line.strip("─╰╯")), len(text))
+    return " ".join(text[:first])
+
+
+def _now() -> str:
+    return time.strftime("%Y%m%d-%H%M%S")

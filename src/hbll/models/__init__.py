@@ -1,0 +1,1 @@
+"""Plain `nn.Module`s, usable without the rest of hbll."""

@@ -1,0 +1,97 @@
+"""What every recipe is: its options, its data, its network, its training rule."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+
+from hbll.data import Splits
+from hbll.network import TreeNetwork
+from hbll.objective import Objective
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """Options that every recipe has; ValueError for a value that cannot be."""
+
+    name: ClassVar[str]
+    """What the command line calls it."""
+
+    depth: int | None = None
+    """Depth D of the tree: N = 2^D nodes after the input, 2^D - 1 blocks and the head (3 unless --blocks is given)."""
+
+    blocks: int | None = None
+    """Number of blocks, any from 1, instead of a depth."""
+
+    width: int
+    """Units of every state."""
+
+    epochs: int
+    """Passes over the training samples."""
+
+    batch_size: int = 64
+    """Samples of a step; the last step of an epoch takes what is left."""
+
+    learning_rate: float = 1e-3
+    """AdamW's, at its highest."""
+
+    schedule: Schedule = "constant"
+    """How the learning rate goes on over the steps: as it is, down to 0 in a straight line, or along a cosine."""
+
+    weight_decay: float = 0.01
+    """AdamW's."""
+
+    train_samples: int | None = None
+    """Train on the first so many samples alone."""
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and self.blocks is not None:
+            raise ValueError("give --depth or --blocks, not both")
+        for option in ("depth", "blocks", "width", "epochs", "batch_size", "train_samples"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"{flag(option)} must be at least 1, not {value}")
+        if self.depth is not None and self.depth > 12:
+            raise ValueError(f"--depth must be at most 12, not {self.depth}: it would need {2**self.depth - 1} blocks")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate must be above 0 and finite, not {self.learning_rate}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"--weight-decay must be at least 0 and finite, not {self.weight_decay}")
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks of the network, N - 1."""
+        return self.blocks if self.blocks is not None else 2 ** (self.depth or 3) - 1
+
+    def splits(self, data_dir: Path | None) -> Splits:
+        """The samples to train and test on; ValueError when the data set is missing, damaged or too small."""
+        splits = self.load(data_dir)
+        if self.train_samples is not None and self.train_samples > len(splits.train):
+            raise ValueError(f"--train-samples {self.train_samples} is more than the {len(splits.train)} there are")
+        return Splits(splits.train[: self.train_samples], splits.test)
+
+    def initial_network(self, seed: int) -> TreeNetwork:
+        """The network before training; the same for every method, so that methods differ in nothing else."""
+        torch.manual_seed(seed)
+        return self.network()
+
+    def objective(self, method: str) -> Objective:
+        """The training rule of that name."""
+        return Objective(method)
+
+    @abstractmethod
+    def load(self, data_dir: Path | None) -> Splits:
+        """The whole data set."""
+
+    @abstractmethod
+    def network(self) -> TreeNetwork:
+        """A network with newly drawn weights."""
+
+
+def flag(option: str) -> str:
+    """The command line's spelling of an option: `batch_size` -> `--batch-size`."""
+    return "--" + option.replace("_", "-")

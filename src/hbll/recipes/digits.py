@@ -1,0 +1,36 @@
+"""Digits of 8 x 8 pixels: the smallest real data, embedded, so that everything can be tried in seconds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from hbll import data
+from hbll.data import Splits
+from hbll.models.mlp import SkipBlock
+from hbll.network import TreeNetwork
+from hbll.recipes.base import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(Recipe):
+    """ReLU blocks with a skip on scikit-learn's bundled digits (needs no download)."""
+
+    name: ClassVar[str] = "digits"
+
+    width: int = 64
+    """Units of every state."""
+
+    epochs: int = 30
+    """Passes over the training samples."""
+
+    def load(self, data_dir: Path | None) -> Splits:
+        return data.digits()
+
+    def network(self) -> TreeNetwork:
+        return TreeNetwork(
+            embed=nn.Linear(64, self.width),
+            blocks=[SkipBlock(self.width) for _ in range(self.block_count)],
+            head=nn.Linear(self.width, 10),
+        )

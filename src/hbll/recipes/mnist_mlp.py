@@ -1,0 +1,37 @@
+"""The paper's Table 1: a sigmoid network on MNIST, without skips and without norms."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from hbll import data
+from hbll.data import Splits
+from hbll.models.mlp import sigmoid_layer
+from hbll.network import TreeNetwork
+from hbll.recipes.base import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistMlp(Recipe):
+    """Sigmoid layers without skip or norm on MNIST (the paper's Table 1; its 4, 8, 16 layers are --depth 2, 3, 4)."""
+
+    name: ClassVar[str] = "mnist-mlp"
+
+    width: int = 100
+    """Units of every state."""
+
+    epochs: int = 100
+    """Passes over the training samples."""
+
+    def load(self, data_dir: Path | None) -> Splits:
+        return data.mnist(data_dir)
+
+    def network(self) -> TreeNetwork:
+        # The embed ends in the sigmoid as well: with a linear one the 16 layers reach 88.4 % instead of 94.7.
+        return TreeNetwork(
+            embed=sigmoid_layer(784, self.width),
+            blocks=[sigmoid_layer(self.width, self.width) for _ in range(self.block_count)],
+            head=nn.Linear(self.width, 10),
+        )

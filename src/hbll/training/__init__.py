@@ -1,0 +1,1 @@
+"""Training runs: the loop, their folders, their evaluation, comparison and report."""

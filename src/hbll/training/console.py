@@ -1,0 +1,100 @@
+"""Runs as the terminal shows them: progress on stderr, results on stdout."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hbll.training import metrics
+from hbll.training.compare import Comparison, MethodResult, chain_accuracy, compare
+from hbll.training.evaluate import PathAccuracy
+from hbll.training.loop import Interrupted, train
+from hbll.training.metrics import Metrics
+from hbll.training.report import RESULT_COLUMNS, path_row, result_row
+from hbll.training.run import Run
+
+
+def train_shown(run: Run, *, resume: bool) -> None:
+    """`train`, with a bar, a line an epoch, and at the end the accuracy of each path."""
+    with _progress() as progress:
+        bar = progress.add_task(f"{run.recipe.name}, {run.method}, seed {run.seed}", total=None)
+
+        def on_epoch(line: Metrics) -> None:
+            progress.console.print(
+                f"epoch {line.epoch}/{run.recipe.epochs}  loss {line.loss:.4g}  chain {100 * chain_accuracy(line):.2f} %",
+                highlight=False,
+            )
+
+        try:
+            train(
+                run,
+                resume=resume,
+                on_step=lambda done, steps: progress.update(bar, completed=done + 1, total=steps),
+                on_epoch=on_epoch,
+            )
+        except Interrupted:
+            raise KeyboardInterrupt(_how_to_resume("train", run.recipe.name, run.folder)) from None
+    last = metrics.read(run.metrics_file)[-1]
+    show_paths(
+        PathAccuracy(path=path, blocks=len(path.split("-")), accuracy=share) for path, share in last.accuracy.items()
+    )
+    print(f"run: {run.folder}")
+
+
+def compare_shown(comparison: Comparison, *, resume: bool) -> list[MethodResult]:
+    """`compare`, with a bar for the runs and one for the run under way."""
+    runs = len(comparison.methods) * comparison.seeds
+    with _progress() as progress:
+        overall = progress.add_task("runs", total=runs)
+        current = progress.add_task("")
+        started = -1
+
+        def on_run(run: Run) -> None:
+            nonlocal started
+            started += 1
+            progress.update(overall, completed=started)
+            progress.update(current, description=f"{run.method}, seed {run.seed}", completed=0, total=None)
+
+        try:
+            return compare(
+                comparison,
+                resume=resume,
+                on_run=on_run,
+                on_step=lambda done, steps: progress.update(current, completed=done + 1, total=steps),
+            )
+        except Interrupted:
+            advice = _how_to_resume("compare", comparison.recipe.name, comparison.folder)
+            raise KeyboardInterrupt(advice) from None
+
+
+def show_results(results: Iterable[MethodResult], page: Path) -> None:
+    """The table of a comparison and where its page lies."""
+    _show(RESULT_COLUMNS, map(result_row, results))
+    print(f"page: {page}")
+
+
+def show_paths(paths: Iterable[PathAccuracy]) -> None:
+    """The table of accuracies by path."""
+    _show(["path", "blocks", "accuracy"], map(path_row, paths))
+
+
+def _show(columns: Iterable[str], rows: Iterable[list[str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def _progress() -> Progress:
+    """Bars on stderr while a person is looking; nothing when it goes to a file."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _how_to_resume(command: str, recipe: str, folder: Path) -> str:
+    return f"stopped and saved; `hbll {command} {recipe} --run-dir {folder} --resume` goes on"

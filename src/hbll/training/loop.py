@@ -1,0 +1,213 @@
+"""The training loop: steps, epochs, checkpoints, and how a run ends before its time."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hbll.data import Samples
+from hbll.objective import Step
+from hbll.training import checkpoint, metrics
+from hbll.training.device import device
+from hbll.training.divergence import DivergedError, all_finite, place_in_loss, place_in_weights
+from hbll.training.evaluate import accuracies, usual_paths
+from hbll.training.interrupt import deferred_interrupt
+from hbll.training.metrics import Metrics
+from hbll.training.run import Run, check_same, open_run
+from hbll.training.schedule import scheduler
+from hbll.tree import format_path
+
+CHECK_EVERY = 100
+"""Steps between two looks at whether the loss is still finite. On a GPU each look waits for the device."""
+
+DIAGNOSED_SAMPLES = 256
+"""Training samples, the first ones, on which nodes are diagnosed at the end of an epoch."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after which the run has been saved where it stood and can be resumed."""
+
+
+def train(
+    run: Run,
+    *,
+    resume: bool = False,
+    on_step: Callable[[int, int], None] = lambda done, steps: None,
+    on_epoch: Callable[[Metrics], None] = lambda metrics: None,
+) -> None:
+    """Trains until the recipe's last epoch, saving after each; a resumed run ends as if it had never stopped.
+
+    Args:
+        run: what to train, and the folder to keep it in.
+        resume: go on with the run that lies in that folder.
+        on_step: called before each step with the number of steps done and that of all steps of the run.
+        on_epoch: called after each epoch.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` is off, or holds none or another one and it is on; the data set
+            is missing or damaged; the loss or a weight became NaN or infinite (`DivergedError`: the last good checkpoint is
+            kept).
+        Interrupted: Ctrl-C was pressed; the run was saved after the step under way.
+    """
+    if resume:
+        check_same(open_run(run.folder), run)
+    splits = run.recipe.splits(run.data_dir).to(device())
+    training = Training(run, splits.train)
+    if resume:
+        training.restore()
+        metrics.cut(run.metrics_file, training.epoch)
+    else:
+        run.claim()
+        training.save()
+        run.write_configuration(device(), training.objective.engine(training.network).name)
+    with deferred_interrupt() as interrupted:
+        while training.epoch < run.recipe.epochs:
+            for done in training.steps():
+                on_step(done, run.recipe.epochs * training.steps_per_epoch)
+                if interrupted():
+                    training.save()
+                    raise Interrupted
+            line = training.end_epoch(splits.test)
+            metrics.append(run.metrics_file, line)
+            training.save()
+            on_epoch(line)
+
+
+class Training:
+    """A run under way: all that changes from step to step, and how it does."""
+
+    def __init__(self, run: Run, samples: Samples) -> None:
+        recipe = run.recipe
+        self.run = run
+        self.samples = samples
+        self.network = recipe.initial_network(run.seed).to(device())
+        self.objective = recipe.objective(run.method).to(device())
+        weights = [*self.network.parameters(), *self.objective.parameters()]
+        self.optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.steps_per_epoch = math.ceil(len(samples) / recipe.batch_size)
+        self.scheduler = scheduler(recipe.schedule, self.optimizer, recipe.epochs * self.steps_per_epoch)
+        self.epoch = 0
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self.position = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device())
+        self.seconds = 0.0
+
+    def steps(self) -> Iterator[int]:
+        """Takes what is left of the epoch's steps; before each, yields the number of steps done since the run began.
+
+        Raises:
+            DivergedError: the loss or a weight is no longer finite.
+        """
+        order = self._order()
+        while self.position < self.steps_per_epoch:
+            yield self.epoch * self.steps_per_epoch + self.position
+            began = time.perf_counter()
+            step = self._loss(order)
+            self._descend(step.loss)
+            self.work, self.span = step.work, step.span  # the step itself holds on to its graph
+            if self.position % CHECK_EVERY == 0 or self.position == self.steps_per_epoch:
+                self._check()
+            self.seconds += time.perf_counter() - began
+
+    def end_epoch(self, test: Samples) -> Metrics:
+        """Measures and diagnoses the network, and makes ready for the next epoch."""
+        diagnosed = self.samples[:DIAGNOSED_SAMPLES]
+        reports = self.objective.diagnose(self.network, diagnosed.inputs, diagnosed.labels)
+        shares = accuracies(self.network, test, usual_paths(self.network))
+        self.epoch += 1
+        result = Metrics(
+            epoch=self.epoch,
+            loss=self.loss_sum.item() / self.steps_per_epoch,
+            learning_rate=self.last_learning_rate,
+            accuracy={format_path(path): share for path, share in shares.items()},
+            seconds=self.seconds,
+            work=self.work,
+            span=self.span,
+            nodes={str(node): asdict(report) for node, report in reports.items()},
+        )
+        self._start_epoch()
+        return result
+
+    def save(self) -> None:
+        """Replaces the checkpoint by the present state; DivergedError, leaving the old one, when that is no good."""
+        self._check()
+        state = {
+            "network": self.network.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "epoch": self.epoch,
+            "position": self.position,
+            "loss_sum": self.loss_sum,
+            "seconds": self.seconds,
+        }
+        checkpoint.save(self.run.checkpoint_file, state)
+
+    def restore(self) -> None:
+        """Goes back to the checkpoint; ValueError when it is missing or damaged."""
+        state = checkpoint.load(self.run.checkpoint_file)
+        self.network.load_state_dict(state["network"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        self.epoch = state["epoch"]
+        self.position = state["position"]
+        self.loss_sum = state["loss_sum"].to(device())
+        self.seconds = state["seconds"]
+
+    def _order(self) -> Tensor:
+        """The order of the epoch's samples: a function of seed and epoch, so that it need not be saved."""
+        order = np.random.default_rng([self.run.seed, self.epoch]).permutation(len(self.samples))
+        return torch.from_numpy(order).to(device())
+
+    def _loss(self, order: Tensor) -> Step:
+        size = self.run.recipe.batch_size
+        batch = self.samples[order[self.position * size : (self.position + 1) * size]]
+        return self.objective(self.network, batch.inputs, batch.labels)
+
+    def _descend(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.last_learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.loss_sum += loss.detach()
+        self.position += 1
+
+    def _check(self) -> None:
+        """DivergedError unless every loss of the epoch and every weight is finite."""
+        if self.loss_sum.isfinite() and all_finite(self.network):
+            return
+        raise DivergedError(
+            f"the loss or a weight became NaN or infinite {self._divergence()}; the last good checkpoint is "
+            f"kept in {self.run.folder}: try a lower --learning-rate"
+        )
+
+    def _divergence(self) -> str:
+        """When and where: the steps since the checkpoint are taken once more and looked at one by one.
+
+        By the time it is noticed, what began in one node has spread to all.
+        """
+        noticed = self.position
+        self.restore()
+        order = self._order()
+        while self.position < noticed:
+            when = f"in step {self.position + 1} of epoch {self.epoch + 1}"
+            step = self._loss(order)
+            if not step.loss.isfinite():
+                return f"{when}, first at {place_in_loss(self.network.tree, step.nodes)}"
+            self._descend(step.loss)
+            if place := place_in_weights(self.network):
+                return f"{when}, first in the weights of {place}"
+        return f"by step {noticed} of epoch {self.epoch + 1}"

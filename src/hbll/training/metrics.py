@@ -1,0 +1,62 @@
+"""Metrics of a run as JSON lines, one an epoch."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hbll.training.files import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What an epoch came to."""
+
+    epoch: int
+    """Epochs done, from 1."""
+
+    loss: float
+    """Mean over the epoch's steps of what the method minimises: comparable within a method only."""
+
+    learning_rate: float
+    """Of the epoch's last step."""
+
+    accuracy: dict[str, float]
+    """Share of the test samples classified correctly at the end of the epoch, by path."""
+
+    seconds: float
+    """Wall-clock time of the epoch's training steps, without evaluation and diagnosis."""
+
+    work: int
+    span: int
+    """Of the epoch's last step, in block evaluations (the specification's units)."""
+
+    nodes: dict[str, dict[str, float | None]]
+    """Each node's report on one batch at the end of the epoch (see `hbll.NodeReport`); None where undefined."""
+
+
+def append(file: Path, metrics: Metrics) -> None:
+    """Adds a line."""
+    lines = file.read_text() if file.exists() else ""
+    write_atomically(file, lines + json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
+
+
+def read(file: Path) -> list[Metrics]:
+    """All lines, in order; none for a missing file."""
+    if not file.exists():
+        return []
+    return [Metrics(**json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def cut(file: Path, epochs: int) -> None:
+    """Drops the lines after that many epochs: a process killed after its line may not have saved its checkpoint."""
+    if file.exists():
+        write_atomically(file, "".join(file.read_text().splitlines(keepends=True)[:epochs]))
+
+
+def _finite(part: Any) -> Any:
+    """JSON has no NaN and no infinity: None stands for both."""
+    if isinstance(part, dict):
+        return {key: _finite(value) for key, value in part.items()}
+    return None if isinstance(part, float) and not math.isfinite(part) else part

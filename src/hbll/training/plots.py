@@ -1,0 +1,115 @@
+"""The figures of a report, as SVG text that needs nothing from outside.
+
+A history is a run's metrics, epoch by epoch; `histories` has those of each method's seeds, by method.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from hbll.training.compare import chain_accuracy
+from hbll.training.metrics import Metrics
+
+Histories = Mapping[str, Sequence[Sequence[Metrics]]]
+
+_COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d", "#64748b")
+_MARKERS = "osD^vPX*"
+
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own font
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#94a3b8",
+    "axes.labelcolor": "#334155",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e2e8f0",
+    "text.color": "#334155",
+    "xtick.color": "#64748b",
+    "ytick.color": "#64748b",
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+}
+
+
+def learning_curves(histories: Histories) -> str:
+    """The chain's accuracy over the epochs: mean over the seeds, and the range they span."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure((7.2, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for colour, (method, runs) in zip(_COLOURS, histories.items(), strict=False):
+            curves = 100 * np.array([[chain_accuracy(line) for line in run] for run in runs])
+            epochs = [line.epoch for line in runs[0]]
+            axes.plot(epochs, curves.mean(0), color=colour, label=method)
+            axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel="epoch", ylabel="accuracy of the chain, %")
+        axes.legend(loc="lower right")
+        return _svg(figure)
+
+
+def accuracy_by_path(histories: Histories) -> str:
+    """Accuracy after the last epoch of the paths that were measured, by their number of blocks."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure((7.2, 4.0), layout="constrained")
+        axes = figure.subplots()
+        styles = zip(_COLOURS, _MARKERS, histories.items(), strict=False)
+        for colour, marker, (method, runs) in styles:
+            paths = sorted(runs[0][-1].accuracy, key=_blocks)
+            shares = 100 * np.array([[run[-1].accuracy[path] for path in paths] for run in runs])
+            middle = shares.mean(0)
+            ranges = [middle - shares.min(0), shares.max(0) - middle]
+            blocks = [_blocks(path) for path in paths]
+            axes.errorbar(blocks, middle, ranges, color=colour, marker=marker, capsize=3, label=method)
+        names = [path if _blocks(path) < 6 else "chain" for path in paths]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(blocks, [f"{count}\n{name}" for count, name in zip(blocks, names, strict=True)])
+        axes.minorticks_off()
+        axes.set(xlabel="blocks, and the path they form", ylabel="accuracy, %")
+        axes.legend(loc="lower right")
+        return _svg(figure)
+
+
+def corrections(histories: Histories) -> str | None:
+    """Mean correction of each node over the epochs, a map for each method that corrects; None when none does."""
+    maps = {method: _corrections(runs) for method, runs in histories.items()}
+    maps = {method: values for method, values in maps.items() if np.isfinite(values).any()}
+    if not maps:
+        return None
+    positive = [values[values > 0] for values in maps.values()]
+    norm = LogNorm(min(values.min() for values in positive), max(values.max() for values in positive))
+    with mpl.rc_context(_STYLE | {"axes.grid": False}):
+        figure = Figure((7.2, 1.0 + 2.4 * len(maps)), layout="constrained")
+        rows = figure.subplots(len(maps), squeeze=False, sharex=True)[:, 0]
+        for axes, (method, values) in zip(rows, maps.items(), strict=True):
+            extent = (0.5, values.shape[1] + 0.5, 0.5, len(values) + 0.5)
+            image = axes.imshow(
+                values, norm=norm, cmap="viridis", aspect="auto", origin="lower", interpolation="nearest", extent=extent
+            )
+            axes.set(title=method, ylabel="node")
+            axes.yaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        rows[-1].set_xlabel("epoch")
+        figure.colorbar(image, ax=list(rows), label="size of the correction")
+        return _svg(figure)
+
+
+def _corrections(runs: Iterable[Sequence[Metrics]]) -> np.ndarray:
+    """(nodes, epochs), mean over the runs, NaN where a rule corrects nothing."""
+    values = [[[node["correction"] for node in line.nodes.values()] for line in run] for run in runs]
+    return np.array(values, dtype=float).mean(0).T
+
+
+def _blocks(path: str) -> int:
+    return path.count("-") + 1
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,165 @@
+"""One self-contained HTML page about a run or a comparison."""
+
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from string import Template
+
+from hbll.recipes import Recipe, flag
+from hbll.training import metrics, plots
+from hbll.training.compare import FILE, MethodResult, open_comparison, open_results
+from hbll.training.evaluate import PathAccuracy
+from hbll.training.files import write_atomically
+from hbll.training.run import open_run
+
+_PAGE = Template(
+    """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { font: 16px/1.55 system-ui, sans-serif; color: #1e293b; background: #f8fafc; margin: 0; }
+main { max-width: 800px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 8px; }
+h2 { font-size: 19px; margin: 0 0 4px; }
+p { margin: 0 0 12px; color: #475569; }
+section { background: white; border: 1px solid #e2e8f0; border-radius: 12px; padding: 20px 24px; margin-top: 24px; }
+svg { width: 100%; height: auto; display: block; font-family: system-ui, sans-serif; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid #e2e8f0; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th { font-weight: 600; font-size: 14px; color: #64748b; }
+tr:last-child td { border-bottom: none; }
+code { font: 14px ui-monospace, monospace; }
+</style>
+</head>
+<body><main>
+<h1>$title</h1>
+<p>$summary</p>
+$sections
+</main></body>
+</html>
+"""
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` into the folder of a run or a comparison; ValueError when it is neither, or has no epoch."""
+    page = _comparison_page(folder) if (folder / FILE).exists() else _run_page(folder)
+    file = folder / "report.html"
+    write_atomically(file, page)
+    return file
+
+
+def _comparison_page(folder: Path) -> str:
+    results, comparison = open_results(folder), open_comparison(folder)
+    histories = {
+        method: [metrics.read(run.metrics_file) for run in comparison.runs(method)] for method in comparison.methods
+    }
+    return _page(
+        title=f"{comparison.recipe.name}: {', '.join(comparison.methods)}",
+        summary=f"{_network(comparison.recipe)} {_seeds(comparison.seeds)}",
+        sections=[_section("Results", _RESULTS_TEXT, _results_table(results)), *_figures(histories)],
+        recipe=comparison.recipe,
+    )
+
+
+def _run_page(folder: Path) -> str:
+    run = open_run(folder)
+    history = metrics.read(run.metrics_file)
+    if not history:
+        raise ValueError(f"the run in {folder} has not finished an epoch yet")
+    last = history[-1]
+    text = f"Share of the test samples classified correctly after epoch {last.epoch} of {run.recipe.epochs}."
+    paths = [
+        PathAccuracy(path=path, blocks=len(path.split("-")), accuracy=share) for path, share in last.accuracy.items()
+    ]
+    return _page(
+        title=f"{run.recipe.name}, method {run.method}",
+        summary=f"{_network(run.recipe)} Seed {run.seed}.",
+        sections=[_section("Accuracy", text, _paths_table(paths)), *_figures({run.method: [history]})],
+        recipe=run.recipe,
+    )
+
+
+_RESULTS_TEXT = (
+    "Accuracy of the chain of all blocks on the test samples after the last epoch, with its standard deviation over the "
+    "seeds; time of a run's training steps; work and span of a step in block evaluations; and the most memory a step "
+    "held beyond weights, optimizer and batch."
+)
+
+
+def _figures(histories: plots.Histories) -> list[str]:
+    sections = [
+        _section(
+            "Learning curves",
+            "The chain on the test samples: mean over the seeds, and the range they span.",
+            plots.learning_curves(histories),
+        ),
+        _section(
+            "Accuracy by path",
+            "A path uses some of the blocks: the rim of the tree cut short, and the chain of all.",
+            plots.accuracy_by_path(histories),
+        ),
+    ]
+    if heat_maps := plots.corrections(histories):
+        text = "How far each node's target lies from what its block computed, on the same training samples every epoch."
+        sections.append(_section("Corrections", text, heat_maps))
+    return sections
+
+
+def _page(title: str, summary: str, sections: list[str], recipe: Recipe) -> str:
+    rows = [[flag(option), str(value)] for option, value in asdict(recipe).items() if value is not None]
+    options = _section("Options", "What every run was trained with.", _table(["option", "value"], rows))
+    return _PAGE.substitute(title=escape(title), summary=escape(summary), sections="\n".join([*sections, options]))
+
+
+def _network(recipe: Recipe) -> str:
+    return f"{recipe.block_count} blocks of width {recipe.width}, trained for {recipe.epochs} epochs."
+
+
+def _seeds(seeds: int) -> str:
+    return "One seed." if seeds == 1 else f"{seeds} seeds."
+
+
+def _section(heading: str, text: str, content: str) -> str:
+    return f'<section><h2>{heading}</h2><p>{text}</p><div class="wide">{content}</div></section>'
+
+
+def _results_table(results: list[MethodResult]) -> str:
+    return _table(RESULT_COLUMNS, [result_row(result) for result in results])
+
+
+def _paths_table(paths: list[PathAccuracy]) -> str:
+    return _table(["path", "blocks", "accuracy"], [path_row(path) for path in paths])
+
+
+RESULT_COLUMNS = ["method", "accuracy", "spread", "seconds", "work", "span", "peak memory"]
+
+
+def result_row(result: MethodResult) -> list[str]:
+    """A method's results as people read them, under RESULT_COLUMNS."""
+    spread = "" if result["spread"] is None else f"± {100 * result['spread']:.2f}"
+    return [
+        result["method"],
+        f"{100 * result['accuracy']:.2f} %",
+        spread,
+        f"{result['seconds']:.1f}",
+        str(result["work"]),
+        str(result["span"]),
+        f"{result['memory'] / 2**20:.2f} MiB",
+    ]
+
+
+def path_row(path: PathAccuracy) -> list[str]:
+    """A path's accuracy as people read it: path, blocks, accuracy."""
+    return [path["path"], str(path["blocks"]), f"{100 * path['accuracy']:.2f} %"]
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,108 @@
+"""A run: what decides its outcome, and the folder it lives in.
+
+configuration.json       the recipe with all its options, method, seed, and what it was run with
+metrics.jsonl            one line an epoch
+checkpoint.safetensors   where it stands (see `checkpoint`)
+report.html              written by `hbll report`
+"""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hbll.recipes import RECIPES, Recipe, flag
+from hbll.training.files import write_atomically
+
+_LIBRARIES = ("hbll", "torch", "numpy", "safetensors", "scikit-learn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run."""
+
+    recipe: Recipe
+    method: str
+    seed: int
+    folder: Path
+    data_dir: Path | None = None
+
+    @property
+    def configuration_file(self) -> Path:
+        return self.folder / "configuration.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    def claim(self) -> None:
+        """Makes the folder; ValueError when it holds a run already."""
+        if self.configuration_file.exists():
+            raise ValueError(f"{self.folder} holds a run already: give --resume to go on with it, or another --run-dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write_configuration(self, device: torch.device, engine: str) -> None:
+        """Writes what was run, and with what: the folder is a run's from then on."""
+        configuration = {
+            "recipe": self.recipe.name,
+            "method": self.method,
+            "seed": self.seed,
+            "options": asdict(self.recipe),
+            "data_dir": str(self.data_dir.absolute()) if self.data_dir else None,
+            "block_count": self.recipe.block_count,
+            "device": str(device),
+            "engine": engine,
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+        }
+        write_atomically(self.configuration_file, json.dumps(configuration, indent=2) + "\n")
+
+
+def open_run(folder: Path) -> Run:
+    """The run that lives in `folder`; ValueError when none does."""
+    configuration = read_json(folder, "configuration.json", "run")
+    recipe = RECIPES[configuration["recipe"]](**configuration["options"])
+    data_dir = configuration["data_dir"]
+    return Run(
+        recipe=recipe,
+        method=configuration["method"],
+        seed=configuration["seed"],
+        folder=folder,
+        data_dir=Path(data_dir) if data_dir else None,
+    )
+
+
+def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
+    """The JSON file that makes `folder` the folder of a run or a comparison; ValueError when it does not."""
+    file = folder / name
+    if not file.is_file():
+        raise ValueError(f"{folder} is not the folder of a {what}: it has no {name}")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def check_same(stored: Run, wanted: Run) -> None:
+    """ValueError naming the first option in which `wanted` would not go on as `stored` began.
+
+    More epochs are no difference as long as the learning rate does not depend on their number.
+    """
+    if wanted.recipe.name != stored.recipe.name:
+        raise ValueError(f"{stored.folder} holds a run of {stored.recipe.name}, not of {wanted.recipe.name}")
+    before = asdict(stored.recipe) | {"method": stored.method, "seed": stored.seed}
+    now = asdict(wanted.recipe) | {"method": wanted.method, "seed": wanted.seed}
+    for option, value in now.items():
+        longer = option == "epochs" and value > before[option] and stored.recipe.schedule == "constant"
+        if value != before[option] and not longer:
+            raise ValueError(
+                f"{stored.folder} was trained with {flag(option)} {before[option]}, not {value}: "
+                "a run is resumed as it was begun; start another with another --run-dir"
+            )
