@@ -92,8 +92,11 @@ class ArcCredit(Credit):
         prior = trace.outputs(nodes).requires_grad_()
         arc = predict(prior)
         found = errors(arc.outputs)
+        total = found.mean.sum()
+        if trace.observer:
+            trace.observer(nodes, total)
         gradient, *for_parameters = torch.autograd.grad(
-            found.mean.sum(),
+            total,
             [prior, *arc.parameters],
             retain_graph=rule.inversion == "exact",
             materialize_grads=True,  # a block may own parameters that it does not use
@@ -136,7 +139,7 @@ class ArcCredit(Credit):
                 depth,
             )
         )
-        trace.terms.append((nodes, attach_gradients(found.mean.sum(), arc.parameters, for_parameters)))
+        trace.terms.append((nodes, attach_gradients(total, arc.parameters, for_parameters)))
 
 
 class ExactCredit(Credit):
@@ -148,7 +151,10 @@ class ExactCredit(Credit):
     def finish(self, trace: Trace) -> None:
         assert trace.last is not None  # the rule pairs exact credit with chain states
         node, state = trace.last
-        trace.terms.append(((node,), label_errors(trace, trace.network.head(state)).mean.sum()))
+        loss = label_errors(trace, trace.network.head(state)).mean.sum()
+        if trace.observer:
+            trace.observer((node,), loss)
+        trace.terms.append(((node,), loss))
 
 
 def on_head(trace: Trace, state: Tensor) -> Evaluation:

@@ -29,7 +29,9 @@ def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none", ignore_index=IGNORED)
     except IndexError as error:
-        raise ValueError(f"labels must be classes 0..{logits.shape[-1] - 1}, which the head predicts: {error}") from error
+        raise ValueError(
+            f"labels must be classes 0..{logits.shape[-1] - 1}, which the head predicts: {error}"
+        ) from error
     return values.view(y.shape), y != IGNORED
 
 

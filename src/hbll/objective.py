@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hbll.blocks import Engine, make_engine, stack
 from hbll.credit import CREDIT, Credit
@@ -122,7 +122,10 @@ class Objective(nn.Module):
         Raises:
             ValueError: a block changes the state's shape, or a label is outside the classes.
         """
-        trace = Trace(network, self.engine(network), self.rule, x, y)
+        return self.follow(Trace(network, self.engine(network), self.rule, x, y))
+
+    def follow(self, trace: Trace) -> Step:
+        """Carries the rule out on a new trace."""
         self.states(trace, self.credit)
         self.credit.finish(trace)
         self._update(trace)
@@ -130,7 +133,7 @@ class Objective(nn.Module):
         return Step(trace)
 
     def _update(self, trace: Trace) -> None:
-        """The local update: every block moves its output to the node's target, or along the node's gradient."""
+        """Every block moves its output to the node's target, or along the node's gradient."""
         for wave in trace.waves:
             if wave.nodes[0] not in trace.target:
                 continue

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
-from hbll.families import FAMILIES
 from hbll.losses import Loss, cross_entropy
 
 __all__ = ["PRESETS", "Rule"]

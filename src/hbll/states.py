@@ -6,9 +6,9 @@ earlier node, and decides what boundary the next ones see.
 
 from torch import nn
 
+from hbll.blocks import stack
 from hbll.credit import Credit
 from hbll.rule import Rule
-from hbll.blocks import stack
 from hbll.trace import Trace
 
 __all__ = ["STATES", "ChainStates", "TreeStates"]

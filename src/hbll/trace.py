@@ -97,6 +97,7 @@ class Trace:
         gradient, target: fields of the corrections, (B, ...), per corrected node.
         terms: the losses so far, each with the nodes it belongs to.
         last: the last node of a path that was evaluated in one graph, and its state (B, ...).
+        observer: is shown every value that credit differentiates, with its nodes; for the locality audit.
         work, span: the cost so far.
     """
 
@@ -117,6 +118,7 @@ class Trace:
         self.corrections: list[Correction] = []
         self.terms: list[tuple[tuple[int, ...], Tensor]] = []
         self.last: tuple[int, Tensor] | None = None
+        self.observer: Callable[[tuple[int, ...], Tensor], None] | None = None
         self.work = 0
         self.span = 0
         self._outputs: dict[int, Tensor] = {}

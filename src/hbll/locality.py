@@ -1,0 +1,125 @@
+"""Audit: which parameters does each node's loss reach, and whose weights does its credit need?
+
+Both answers are read off autograd's own graph, leaf by leaf, so they hold for the modules at hand and not only on paper.
+Inverted arcs transport weights, but only across one arc: the credit of node n uses the Jacobian of its right neighbour.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbll.blocks import LoopEngine
+from hbll.network import TreeNetwork
+from hbll.objective import Objective
+from hbll.trace import Trace
+
+__all__ = ["Audit", "NodeAudit", "audit"]
+
+
+@dataclass(frozen=True)
+class NodeAudit:
+    """What the graph says of one node; modules are named ``embed``, ``block 3``, ``head``."""
+
+    node: int
+    left: int
+    right: int
+    reaches: tuple[str, ...]
+    """Modules whose parameters receive a gradient from the node's losses."""
+    uses: tuple[str, ...]
+    """Modules that the node's credit was carried back through."""
+    outside: tuple[str, ...]
+    """Those of either that are no part of the node's triple: its own block, its right neighbour, and from node 0 the
+    embed."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The audit of a network under an objective, a row per node; ``str`` gives the table."""
+
+    rows: tuple[NodeAudit, ...]
+    shared: tuple[tuple[str, ...], ...]
+    """Modules that own a parameter together: to the audit, a loss that reaches one of them reaches all."""
+
+    @property
+    def local(self) -> bool:
+        """Whether no node reaches or uses anything outside its triple."""
+        return not any(row.outside for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [("node", "left", "right", "loss reaches", "credit uses", "outside its triple")]
+        last = max(row.right for row in self.rows)
+        for row in self.rows:
+            sides = (str(row.node), str(row.left), "label" if row.right == last else str(row.right))
+            cells.append((*sides, *(", ".join(names) or "-" for names in (row.reaches, row.uses, row.outside))))
+        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
+        lines += [f"{' and '.join(owners)} share parameters" for owners in self.shared]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def audit(network: TreeNetwork, objective: Objective, x: Any, y: Any) -> Audit:
+    """Carries one step out, block by block, and reads the reach of every loss off its graph.
+
+    Args:
+        network, objective, x, y: as for ``objective(network, x, y)``. No gradient is left behind.
+    """
+    owners = _owners(network)
+    uses: dict[int, set[str]] = {}
+
+    def names(value: Tensor) -> set[str]:
+        return {name for leaf in _leaves(value) for name in owners.get(id(leaf), ())}
+
+    def observe(nodes: tuple[int, ...], value: Tensor) -> None:
+        for n in nodes:
+            uses.setdefault(n, set()).update(names(value))
+
+    # One block a call: a stacked call would connect every loss of a level with every block of it.
+    trace = Trace(network, LoopEngine(network.blocks), objective.rule, x, y)
+    trace.observer = observe
+    objective.follow(trace)
+    reaches: dict[int, set[str]] = {}
+    for nodes, term in trace.terms:
+        for n in nodes:
+            reaches.setdefault(n, set()).update(names(term))
+
+    def order(found: set[str]) -> tuple[str, ...]:
+        return tuple(module for module in _modules(network) if module in found)
+
+    rows = []
+    for n in sorted(reaches):
+        left, right = network.tree.interval(n)
+        triple = {f"block {n}", "head" if right == network.tree.nodes else f"block {right}"}
+        triple |= {"embed"} if left == 0 else set()
+        found, used = reaches[n], uses.get(n, set())
+        rows.append(NodeAudit(n, left, right, order(found), order(used), order((found | used) - triple)))
+    shared = {names for names in owners.values() if len(names) > 1}
+    return Audit(tuple(rows), tuple(sorted(shared)))
+
+
+def _modules(network: TreeNetwork) -> dict[str, torch.nn.Module]:
+    blocks = {f"block {n}": block for n, block in enumerate(network.blocks, 1)}
+    return {"embed": network.embed, **blocks, "head": network.head}
+
+
+def _owners(network: TreeNetwork) -> dict[int, tuple[str, ...]]:
+    owners: dict[int, list[str]] = {}
+    for name, module in _modules(network).items():
+        for parameter in module.parameters():
+            owners.setdefault(id(parameter), []).append(name)
+    return {key: tuple(names) for key, names in owners.items()}
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """The tensors whose gradient a backward pass from a value accumulates."""
+    leaves, seen, pending = [], set(), [value.grad_fn]
+    while pending:
+        function = pending.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if hasattr(function, "variable"):
+            leaves.append(function.variable)
+        pending += [after for after, _ in function.next_functions]
+    return leaves
