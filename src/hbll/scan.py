@@ -1,0 +1,105 @@
+"""Corrections of a whole sequence of states at once, by a linear coarse step, and the same transposed for credit.
+
+A sweep evaluates all M segments of a chain at once, each from a guess of its start: ``outs[m]`` from ``starts[m]``.
+The end of one segment and the guessed start of the next then disagree. If segment m answered a change of its start
+linearly, by P_m, the states without disagreement would be
+
+    new_0 = start_0,   new_{m+1} = out_m + P_m (new_m - start_m),
+
+a linear recurrence, solved in ceil(log2 M) levels. P_m is nothing (Jacobi: the states are just the outputs), the
+identity (Picard: the skip path of residual blocks) or a matrix shared by all samples (recurrent cells). Iterated, this
+is exact after M sweeps whatever P is; the closer P is to the segments' Jacobians, the sooner (parareal, Lions et al.
+2001; DEER, Lim et al. 2024; the scan itself is Hillis and Steele's, 1986).
+"""
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Coarse", "correct", "correct_transposed", "defect", "levels", "windows"]
+
+Coarse: TypeAlias = Literal["identity"] | tuple[Tensor, ...] | None
+"""The coarse step P: None for 0, the identity, or what ``windows`` makes of matrices."""
+
+
+def levels(segments: int) -> int:
+    """The number of sequential levels in which the recurrence over M segments is solved: ceil(log2 M)."""
+    return (segments - 1).bit_length()
+
+
+def windows(matrices: Tensor) -> tuple[Tensor, ...]:
+    """Products of 1, 2, 4, .. neighbouring matrices, once for all the scans that use them.
+
+    Args:
+        matrices: (M, H, H), P_m for every segment.
+
+    Returns:
+        Level l has shape (M - 2^l + 1, H, H); its entry m is P_{m+w-1} .. P_m with w = 2^l. Both directions use them.
+    """
+    products = [matrices]
+    for level in range(1, levels(len(matrices))):
+        half, previous = 2 ** (level - 1), products[-1]
+        products.append(previous[half:] @ previous[:-half])
+    return tuple(products)
+
+
+def correct(starts: Tensor, outs: Tensor, coarse: Coarse) -> Tensor:
+    """The ends of all segments, corrected: new_1 .. new_M with new_0 = start_0.
+
+    Args:
+        starts: (M, B, ..., H), the guessed start of every segment; the first is taken for exact.
+        outs: (M, B, ..., H), the end that every segment reaches from there.
+        coarse: the coarse step; matrices act on the last dimension.
+    """
+    if coarse is None:
+        return outs
+    # In terms of new - old the right-hand side is small, which keeps half-precision sums accurate; the last end has no
+    # guess, so its own output stands in.
+    old = torch.cat([starts[1:], outs[-1:]])
+    return old + _prefix(outs - old, coarse)
+
+
+def correct_transposed(credit: Tensor, pulled: Tensor, coarse: Coarse) -> Tensor:
+    """The gradients at the starts of all segments, corrected: nb_0 .. nb_{M-1} with nb_M = b_M, and
+
+        nb_m = v_m + P_m^T (nb_{m+1} - b_{m+1}).
+
+    Args:
+        credit: (M, B, ..., H), b_1 .. b_M: the guessed gradients at the segments' ends; the last is taken for exact.
+        pulled: (M, B, ..., H), v_0 .. v_{M-1}: each pulled back through its segment.
+        coarse: the coarse step, as for ``correct``.
+    """
+    if coarse is None:
+        return pulled
+    old = torch.cat([pulled[:1], credit[:-1]])
+    return old + _suffix(pulled - old, coarse)
+
+
+def defect(new: Tensor, old: Tensor) -> Tensor:
+    """||new - old|| / ||new||, a scalar: how far the last sweep still moved the states. Without graph."""
+    new, old = new.detach().float(), old.detach().float()
+    return (new - old).norm() / new.norm().clamp_min(torch.finfo(new.dtype).tiny)
+
+
+def _prefix(values: Tensor, coarse: Literal["identity"] | tuple[Tensor, ...]) -> Tensor:
+    """x_1 .. x_M of x_{m+1} = r_m + P_m x_m, x_0 = 0."""
+    if coarse == "identity":
+        return values.cumsum(0)
+    sums = values.flatten(1, -2)
+    for level in range(levels(len(values))):
+        width, products = 2**level, coarse[level]
+        # Entry m sums the last w inputs up to m: those before them are carried across the w segments that follow.
+        sums = torch.cat([sums[:width], torch.baddbmm(sums[width:], sums[:-width], products[1:].mT)])
+    return sums.view_as(values)
+
+
+def _suffix(values: Tensor, coarse: Literal["identity"] | tuple[Tensor, ...]) -> Tensor:
+    """y_0 .. y_{M-1} of y_m = s_m + P_m^T y_{m+1}, y_M = 0."""
+    if coarse == "identity":
+        return values.flip(0).cumsum(0).flip(0)
+    sums = values.flatten(1, -2)
+    for level in range(levels(len(values))):
+        width, products = 2**level, coarse[level]
+        sums = torch.cat([torch.baddbmm(sums[:-width], sums[width:], products[:-1]), sums[-width:]])
+    return sums.view_as(values)

@@ -1,0 +1,76 @@
+"""The corrections against the plain loop of their recurrence, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hbll import scan
+
+SHAPES = [(3,), (2, 3), (2, 2, 3)]
+
+
+def loop(starts: Tensor, outs: Tensor, matrices: Tensor) -> Tensor:
+    new = [starts[0]]
+    for start, out, matrix in zip(starts, outs, matrices, strict=True):
+        new.append(out + (new[-1] - start) @ matrix.mT)
+    return torch.stack(new[1:])
+
+
+def loop_transposed(credit: Tensor, pulled: Tensor, matrices: Tensor) -> Tensor:
+    new = [credit[-1]]
+    for guess, value, matrix in reversed(list(zip(credit, pulled, matrices, strict=True))):
+        new.append(value + (new[-1] - guess) @ matrix)
+    return torch.stack(new[:0:-1])
+
+
+def draw(segments: int, shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(2, segments, *shape, dtype=torch.float64, generator=generator)
+    matrices = torch.randn(segments, shape[-1], shape[-1], dtype=torch.float64, generator=generator) / 2
+    return first, second, matrices
+
+
+@settings(deadline=None)
+@given(segments=st.integers(1, 19), shape=st.sampled_from(SHAPES), seed=st.integers(0, 999))
+def test_matrices_solve_the_recurrence_in_either_direction(segments, shape, seed):
+    first, second, matrices = draw(segments, (4, *shape), seed)
+    coarse = scan.windows(matrices)
+    torch.testing.assert_close(scan.correct(first, second, coarse), loop(first, second, matrices))
+    torch.testing.assert_close(scan.correct_transposed(first, second, coarse), loop_transposed(first, second, matrices))
+
+
+@pytest.mark.parametrize("segments", [1, 2, 7])
+@pytest.mark.parametrize(("coarse", "scale"), [(None, 0.0), ("identity", 1.0)])
+def test_jacobi_and_identity_are_the_matrices_zero_and_one(segments, coarse, scale):
+    first, second, _ = draw(segments, (2, 3), seed=0)
+    matrices = scale * torch.eye(3, dtype=torch.float64).expand(segments, 3, 3)
+    torch.testing.assert_close(scan.correct(first, second, coarse), loop(first, second, matrices))
+    torch.testing.assert_close(scan.correct_transposed(first, second, coarse), loop_transposed(first, second, matrices))
+
+
+def test_the_number_of_levels_and_of_products_is_logarithmic():
+    assert [scan.levels(m) for m in (1, 2, 3, 4, 5, 64, 65)] == [0, 1, 2, 2, 3, 6, 7]
+    assert [len(p) for p in scan.windows(torch.zeros(64, 2, 2))] == [64, 63, 61, 57, 49, 33]
+
+
+def test_exact_steps_solve_a_linear_chain_in_one_sweep():
+    _, inputs, matrices = draw(9, (2, 3), seed=5)
+
+    def segments(starts):
+        return inputs + starts @ matrices.mT
+
+    chain = [torch.zeros(2, 3, dtype=torch.float64)]
+    for m in range(9):
+        chain.append(inputs[m] + chain[-1] @ matrices[m].mT)
+    guess = torch.randn(9, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    guess[0] = 0
+    torch.testing.assert_close(scan.correct(guess, segments(guess), scan.windows(matrices)), torch.stack(chain[1:]))
+
+
+def test_the_defect_is_the_relative_change():
+    new, old = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]])
+    assert scan.defect(new, old).item() == pytest.approx(4 / 5)
+    assert scan.defect(new, new).item() == 0
+    assert scan.defect(torch.zeros(2), torch.zeros(2)).item() == 0
