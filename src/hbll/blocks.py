@@ -5,6 +5,7 @@ inside the autograd graph and evaluates them in one vmapped call, so that a leve
 width; gradients flow back into the blocks' own parameters. Both give the same numbers up to rounding.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -34,22 +35,27 @@ class LoopEngine:
 
     name = "loop"
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], names: Sequence[str]) -> None:
         self.blocks = blocks
+        self.names = names
         # Where each block keeps its parameters: looking them up anew costs more than evaluating a small block.
         self._slots = [
             [(module._parameters, key, name) for name, module, key in _parameter_slots(block)] for block in blocks
         ]
 
+    def partition(self, nodes: Sequence[int]) -> list[list[int]]:
+        """Splits positions in a list of nodes into groups that one call evaluates together."""
+        return [[position] for position in range(len(nodes))]
+
     def groups(self, nodes: Sequence[int]) -> list[tuple[int, ...]]:
         """Splits nodes into groups that one call evaluates together."""
-        return [(n,) for n in nodes]
+        return [tuple(nodes[position] for position in group) for group in self.partition(nodes)]
 
     def __call__(self, nodes: tuple[int, ...], inputs: Tensor) -> Evaluation:
         """Evaluates the blocks of one group.
 
         Args:
-            nodes: a group.
+            nodes: a group; a node may occur more than once.
             inputs: (n, B, ...), one state per node.
 
         Raises:
@@ -59,7 +65,7 @@ class LoopEngine:
         parameters: list[Tensor] = []
         for n, state in zip(nodes, inputs.unbind(0), strict=True):
             output = self.blocks[n - 1](state)
-            check_shape(n, output, state)
+            check_shape(self.names[n - 1], output, state)
             outputs.append(output)
             parameters += [p for p in self._parameters(n) if p.requires_grad]
         return Evaluation(stack(outputs), tuple(parameters))
@@ -78,23 +84,33 @@ class BatchedEngine(LoopEngine):
 
     name = "batched"
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        super().__init__(blocks)
+    def __init__(self, blocks: Sequence[nn.Module], names: Sequence[str], *, fall_back: bool) -> None:
+        super().__init__(blocks, names)
+        self._fall_back = fall_back
         self._kinds = architectures(blocks)
         self._recorded: dict[tuple, Callable[..., Tensor]] = {}
 
-    def groups(self, nodes: Sequence[int]) -> list[tuple[int, ...]]:
+    def partition(self, nodes: Sequence[int]) -> list[list[int]]:
         kinds: dict[tuple[int, bool], list[int]] = {}
-        for n in nodes:
-            kinds.setdefault((self._kinds[n - 1], self.blocks[n - 1].training), []).append(n)
-        return [tuple(group) for group in kinds.values()]
+        for position, n in enumerate(nodes):
+            kinds.setdefault((self._kinds[n - 1], self.blocks[n - 1].training), []).append(position)
+        return list(kinds.values())
 
     def __call__(self, nodes: tuple[int, ...], inputs: Tensor) -> Evaluation:
         if len(nodes) == 1:
             return super().__call__(nodes, inputs)
         stacked = [torch.stack(same) for same in zip(*map(self._parameters, nodes), strict=True)]
-        outputs = self._function(nodes, stacked, inputs)(*stacked, inputs)
-        check_shape(nodes[0], outputs[0], inputs[0])
+        try:
+            function = self._function(nodes, stacked, inputs)
+        except ValueError as refusal:
+            if not self._fall_back:
+                raise
+            warnings.warn(f"{refusal}; they are evaluated one by one", stacklevel=2)
+            self._kinds = list(range(len(self.blocks)))
+            self.name = "loop"
+            return super().__call__(nodes, inputs)
+        outputs = function(*stacked, inputs)
+        check_shape(self.names[nodes[0] - 1], outputs[0], inputs[0])
         return Evaluation(outputs, tuple(p for p in stacked if p.requires_grad))
 
     def _function(self, nodes: tuple[int, ...], stacked: list[Tensor], inputs: Tensor) -> Callable[..., Tensor]:
@@ -127,7 +143,7 @@ def record_batched(
         graph = make_fx(batched)(*(p.detach() for p in stacked), inputs.detach())
     except RuntimeError as error:
         raise ValueError(
-            f"blocks of type {type(block).__name__} cannot be stacked in one call, so take engine='loop': {error}"
+            f"blocks of type {type(block).__name__} cannot be stacked in one call ({str(error).splitlines()[0]})"
         ) from error
     # vmap leaves views that change nothing and products with 1; each would cost an operation forward and one backward.
     for node in graph.graph.nodes:
@@ -162,16 +178,16 @@ def stack(states: Sequence[Tensor]) -> Tensor:
 Engine: TypeAlias = LoopEngine | BatchedEngine
 
 
-def check_shape(node: int, output: Tensor, state: Tensor) -> None:
+def check_shape(name: str, output: Tensor, state: Tensor) -> None:
     """Raises ValueError unless a block kept the shape of the state."""
     if output.shape != state.shape:
         raise ValueError(
-            f"block {node} changes the state's shape from {tuple(state.shape)} to {tuple(output.shape)}; "
+            f"{name} changes the state's shape from {tuple(state.shape)} to {tuple(output.shape)}; "
             "every block must keep it, because blocks are called on the states of many nodes"
         )
 
 
-def architectures(blocks: nn.ModuleList) -> list[int]:
+def architectures(blocks: Sequence[nn.Module]) -> list[int]:
     """A number per block, equal for blocks that compute the same function of their parameters and input.
 
     Two blocks are twins if their modules, plain attributes and parameter shapes agree. Blocks with buffers (running
@@ -212,13 +228,15 @@ def _describe(block: nn.Module) -> list | None:
 _CPU_LIMIT = 100_000
 
 
-def make_engine(blocks: nn.ModuleList, choice: str) -> Engine:
+def make_engine(blocks: Sequence[nn.Module], names: Sequence[str], choice: str) -> Engine:
     """The engine that a user asks for.
 
     Args:
-        blocks: the blocks of nodes 1..N-1.
+        blocks: the blocks, or stages of them, of nodes 1..N-1.
+        names: what error messages call them.
         choice: ``loop``, ``batched``, or ``auto``, which takes the faster by what benchmarks/engines.py measured: batched
-            if the blocks have twins, none of them convolves channel by channel, and, on a CPU, they are small.
+            if the blocks have twins, none of them convolves channel by channel, and, on a CPU, they are small. Blocks
+            that turn out impossible to stack are then evaluated one by one, with a warning.
 
     Raises:
         ValueError: an unknown choice, or ``batched`` for blocks of which no two can be stacked.
@@ -226,8 +244,8 @@ def make_engine(blocks: nn.ModuleList, choice: str) -> Engine:
     if choice not in ("auto", "loop", "batched"):
         raise ValueError(f"unknown engine {choice!r}: choose auto, loop or batched")
     if choice == "loop" or len(blocks) == 1:
-        return LoopEngine(blocks)
-    engine = BatchedEngine(blocks)
+        return LoopEngine(blocks, names)
+    engine = BatchedEngine(blocks, names, fall_back=choice == "auto")
     stackable = len(engine.groups(range(1, len(blocks) + 1))) < len(blocks)
     if choice == "batched":
         if not stackable:
@@ -236,13 +254,13 @@ def make_engine(blocks: nn.ModuleList, choice: str) -> Engine:
                 "and neither buffers nor hooks; engine='loop' evaluates them one by one"
             )
         return engine
-    return engine if stackable and _stacking_pays(blocks) else LoopEngine(blocks)
+    return engine if stackable and _stacking_pays(blocks) else LoopEngine(blocks, names)
 
 
-def _stacking_pays(blocks: nn.ModuleList) -> bool:
-    for module in blocks.modules():
+def _stacking_pays(blocks: Sequence[nn.Module]) -> bool:
+    for module in (m for block in blocks for m in block.modules()):
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
             return False
-    parameters = list(blocks.parameters())
+    parameters = [p for block in blocks for p in block.parameters()]
     on_cpu = all(p.device.type == "cpu" for p in parameters)
     return not on_cpu or sum(p.numel() for p in parameters) / len(blocks) <= _CPU_LIMIT

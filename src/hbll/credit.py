@@ -103,10 +103,11 @@ class ArcCredit(Credit):
         )
         depth = trace.depth("output", nodes)
         if right:
-            depth += 1
-            trace.count(len(right), depth)
-            depth = max(depth, trace.depth("target", right)) + 1
-            trace.count(len(right) * (2 if arc.parameters else 1), depth)
+            blocks, length = trace.stages.size(right), trace.stages.depth(right)
+            depth += length
+            trace.count(blocks, depth)
+            depth = max(depth, trace.depth("target", right)) + length
+            trace.count(blocks * (2 if arc.parameters else 1), depth)
         if rule.inversion == "none":
             target = prior.detach()
         elif rule.inversion == "taylor":
@@ -121,11 +122,11 @@ class ArcCredit(Credit):
                 prior, arc.outputs, found.factor * gradient, own_gradient, rule.variance, rule.iterations
             )
             target = prior.detach() + delta
-            if (
-                right
-            ):  # the map u -> J^T u once, then a product with J and one with J^T an iteration, one after the other
-                trace.count(len(right), depth)
-                trace.count(len(right) * 2 * rule.iterations, depth := depth + 2 * rule.iterations)
+            if right:
+                # The map u -> J^T u once; then a product with J and one with J^T an iteration, one after the other.
+                trace.count(blocks, depth)
+                depth += 2 * rule.iterations * length
+                trace.count(2 * rule.iterations * blocks, depth)
         if rule.noise:
             target = target + rule.noise * torch.randn_like(target)
         trace.add_correction(

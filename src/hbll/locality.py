@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbll.blocks import LoopEngine
 from hbll.network import TreeNetwork
 from hbll.objective import Objective
+from hbll.stages import Stages
 from hbll.trace import Trace
 
 __all__ = ["Audit", "NodeAudit", "audit"]
@@ -75,8 +75,9 @@ def audit(network: TreeNetwork, objective: Objective, x: Any, y: Any) -> Audit:
         for n in nodes:
             uses.setdefault(n, set()).update(names(value))
 
-    # One block a call: a stacked call would connect every loss of a level with every block of it.
-    trace = Trace(network, LoopEngine(network.blocks), objective.rule, x, y)
+    # One stage a call: a stacked call would connect every loss of a level with every stage of it.
+    stages = Stages(network.blocks, objective.rule.stage, "loop")
+    trace = Trace(network, stages, objective.rule, x, y)
     trace.observer = observe
     objective.follow(trace)
     reaches: dict[int, set[str]] = {}
@@ -89,8 +90,9 @@ def audit(network: TreeNetwork, objective: Objective, x: Any, y: Any) -> Audit:
 
     rows = []
     for n in sorted(reaches):
-        left, right = network.tree.interval(n)
-        triple = {f"block {n}", "head" if right == network.tree.nodes else f"block {right}"}
+        left, right = stages.tree.interval(n)
+        triple = {f"block {b}" for node in (n, right) if node < stages.tree.nodes for b in stages.numbers[node - 1]}
+        triple |= {"head"} if right == stages.tree.nodes else set()
         triple |= {"embed"} if left == 0 else set()
         found, used = reaches[n], uses.get(n, set())
         rows.append(NodeAudit(n, left, right, order(found), order(used), order((found | used) - triple)))

@@ -42,7 +42,7 @@ class TreeNetwork(nn.Module):
             raise ValueError("a network needs at least one block between embed and head")
         self.tree = Tree(len(self.blocks) + 1)
 
-    def forward(self, x: Tensor, path: None | str | int | Sequence[int] = None) -> Tensor:
+    def forward(self, x: Tensor, path: str | int | Sequence[int] | None = None) -> Tensor:
         """The head's output along a path, by default the chain of all blocks.
 
         Args:
@@ -55,11 +55,11 @@ class TreeNetwork(nn.Module):
         state = self.embed(x)
         for n in self.resolve(path):
             output = self.blocks[n - 1](state)
-            check_shape(n, output, state)
+            check_shape(f"block {n}", output, state)
             state = output
         return self.head(state)
 
-    def resolve(self, path: None | str | int | Sequence[int]) -> Path:
+    def resolve(self, path: str | int | Sequence[int] | None) -> Path:
         """The blocks of a path given by name (``4-6-7``, ``chain``, ``rim``), as a list, or by its number of blocks.
 
         Raises:
@@ -73,7 +73,7 @@ class TreeNetwork(nn.Module):
             return self.tree.path(blocks=path)
         return self.tree.check_path(path)
 
-    def sequential(self, path: None | str | int | Sequence[int] = None) -> nn.Sequential:
+    def sequential(self, path: str | int | Sequence[int] | None = None) -> nn.Sequential:
         """The network along a path as a plain nn.Sequential that shares the modules."""
         return nn.Sequential(self.embed, *(self.blocks[n - 1] for n in self.resolve(path)), self.head)
 

@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from hbll.blocks import Engine, make_engine, stack
+from hbll.blocks import stack
 from hbll.credit import CREDIT, Credit
 from hbll.network import TreeNetwork
 from hbll.rule import make_rule
+from hbll.stages import Stages
 from hbll.states import STATES
 from hbll.trace import Trace, attach_gradients, wide
 
@@ -103,13 +104,13 @@ class Objective(nn.Module):
         self.rule = make_rule(rule, options)
         self.states = STATES[self.rule.states](self.rule)
         self.credit: Credit = CREDIT[self.rule.credit](self.rule)
-        self._engines: WeakKeyDictionary[TreeNetwork, Engine] = WeakKeyDictionary()
+        self._stages: WeakKeyDictionary[TreeNetwork, Stages] = WeakKeyDictionary()
 
-    def engine(self, network: TreeNetwork) -> Engine:
-        """The engine that evaluates a network's blocks, chosen when the objective first sees the network."""
-        if network not in self._engines:
-            self._engines[network] = make_engine(network.blocks, self.rule.engine)
-        return self._engines[network]
+    def stages(self, network: TreeNetwork) -> Stages:
+        """The network's stages and the engine that evaluates them, made when the objective first sees the network."""
+        if network not in self._stages:
+            self._stages[network] = Stages(network.blocks, self.rule.stage, self.rule.engine)
+        return self._stages[network]
 
     def forward(self, network: TreeNetwork, x: Any, y: Any) -> Step:
         """One training step up to the loss.
@@ -122,7 +123,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: a block changes the state's shape, or a label is outside the classes.
         """
-        return self.follow(Trace(network, self.engine(network), self.rule, x, y))
+        return self.follow(Trace(network, self.stages(network), self.rule, x, y))
 
     def follow(self, trace: Trace) -> Step:
         """Carries the rule out on a new trace."""

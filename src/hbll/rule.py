@@ -22,6 +22,8 @@ class Rule:
     """What a block is evaluated on: its left parent in the tree, or its predecessor in the chain, one after the other."""
     boundary: Literal["posterior", "prior"] = "posterior"
     """What a node of the tree hands to its children: its target, or what its block computed."""
+    stage: int = 1
+    """Consecutive blocks that form one node, evaluated one after the other with exact gradients inside."""
     credit: Literal["arcs", "exact"] = "arcs"
     """Inverted right arcs, or the exact gradient through the whole chain."""
     scope: Literal["block", "triplet", "tree"] = "block"
@@ -43,7 +45,7 @@ class Rule:
     """The label's error is loss / label_variance."""
     loss: Loss = cross_entropy
     """The label's loss."""
-    path: None | str | int | Sequence[int] = None
+    path: str | int | Sequence[int] | None = None
     """The path that chain states follow; by default the whole chain."""
     engine: Literal["auto", "loop", "batched"] = "auto"
     """How the blocks of a level are evaluated: one by one, or stacked in one call."""
@@ -56,8 +58,11 @@ class Rule:
         for name in ("step", "variance", "label_variance"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if self.iterations < 1 or self.noise < 0:
-            raise ValueError(f"iterations must be at least 1 and noise at least 0; got {self.iterations}, {self.noise}")
+        for name in ("stage", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.noise < 0:
+            raise ValueError(f"noise must not be negative; got {self.noise}")
         if self.inversion == "exact" and self.family != "gaussian":
             raise ValueError("the exact inversion is for Gaussian states; take inversion='taylor' for other families")
         if self.states == "chain" and self.boundary == "posterior":

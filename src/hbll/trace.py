@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbll.blocks import Engine, Evaluation, check_shape, stack
+from hbll.blocks import Evaluation, check_shape, stack
 from hbll.families import FAMILIES, Family, Gaussian
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
+from hbll.stages import Stages
 from hbll.tree import Path
 
 __all__ = ["Correction", "Trace", "Wave", "attach_gradients"]
@@ -86,7 +87,7 @@ class Trace:
 
     Args:
         network: the network to train.
-        engine: evaluates its blocks.
+        stages: its blocks, cut into the stages that are the nodes.
         rule: the family and variances.
         x: the input of embed.
         y: the labels, as the rule's loss takes them.
@@ -101,10 +102,11 @@ class Trace:
         work, span: the cost so far.
     """
 
-    def __init__(self, network: TreeNetwork, engine: Engine, rule: Rule, x: Any, y: Any) -> None:
+    def __init__(self, network: TreeNetwork, stages: Stages, rule: Rule, x: Any, y: Any) -> None:
         self.network = network
-        self.tree = network.tree
-        self.engine = engine
+        self.stages = stages
+        self.tree = stages.tree
+        self.engine = stages.engine
         self.rule = rule
         self.y = y
         embedded = network.embed(x)
@@ -140,13 +142,18 @@ class Trace:
         for group in self.engine.groups(nodes):
             above = tuple(parent_of[n] for n in group)
             inputs = stack([self.boundary[p] for p in above])
-            wave = Wave(group, above, inputs, self.engine(group, inputs), self.depth("boundary", above) + 1)
-            self.count(len(group), wave.depth)
-            self._outputs.update(zip(group, wave.evaluation.outputs.unbind(0), strict=True))
-            self._depth["output"].update(dict.fromkeys(group, wave.depth))
-            waves.append(wave)
-        self.waves += waves
+            waves.append(self.add_wave(group, above, inputs, self.depth("boundary", above)))
         return waves
+
+    def add_wave(self, nodes: tuple[int, ...], parents: tuple[int, ...], inputs: Tensor, depth: int) -> Wave:
+        """Evaluates the blocks of one group on inputs (n, B, ...) that were there at ``depth``."""
+        depth += self.stages.depth(nodes)
+        wave = Wave(nodes, parents, inputs, self.engine(nodes, inputs), depth)
+        self.count(self.stages.size(nodes), depth)
+        self._outputs.update(zip(nodes, wave.evaluation.outputs.unbind(0), strict=True))
+        self._depth["output"].update(dict.fromkeys(nodes, depth))
+        self.waves.append(wave)
+        return wave
 
     def evaluate_path(self, path: Path) -> None:
         """Evaluates blocks one after the other from node 0 on, in one graph, and counts the walk back through it."""
@@ -154,7 +161,7 @@ class Trace:
         for length, n in enumerate(path, 1):
             block = self.network.blocks[n - 1]
             output = block(state)
-            check_shape(n, output, state)
+            check_shape(f"block {n}", output, state)
             self.count(1, length)
             back = 2 * len(path) + 1 - length
             if any(p.requires_grad for p in block.parameters()):
@@ -191,18 +198,20 @@ class Trace:
         """Counts the backward pass through the states' graph that ``loss.backward()`` is going to make.
 
         A wave is walked once: its parameters always, its inputs if they carry a graph (the embedded input does; other
-        boundaries do if the scope is the tree). The engine's call is one operation, so all of its inputs are walked then.
+        boundaries do if the scope is the tree), and the states inside its stages. The engine's call is one operation, so
+        all of its inputs are walked then.
         """
         arrived = dict(self._depth["target"])
         for wave in reversed(self.waves):
             depths = [arrived[n] for n in wave.nodes if n in arrived]
             if not depths:
                 continue
-            depth = max(depths) + 1
+            blocks = self.stages.size(wave.nodes)
+            depth = max(depths) + self.stages.depth(wave.nodes)
             if wave.evaluation.parameters:
-                self.count(len(wave.nodes), depth)
+                self.count(2 * blocks - len(wave.nodes), depth)
             if wave.inputs.requires_grad:
-                self.count(len(wave.nodes), depth)
+                self.count(len(wave.nodes) if wave.evaluation.parameters else blocks, depth)
                 for parent in wave.parents:
                     if self.boundary[parent].requires_grad:
                         arrived[parent] = max(arrived.get(parent, 0), depth)

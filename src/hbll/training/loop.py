@@ -49,8 +49,8 @@ def train(
 
     Raises:
         ValueError: the folder holds a run and `resume` is off, or holds none or another one and it is on; the data set
-            is missing or damaged; the loss or a weight became NaN or infinite (`DivergedError`: the last good checkpoint is
-            kept).
+            is missing or damaged; the loss or a weight became NaN or infinite (`DivergedError`: the last good
+            checkpoint is kept).
         Interrupted: Ctrl-C was pressed; the run was saved after the step under way.
     """
     if resume:
@@ -63,7 +63,7 @@ def train(
     else:
         run.claim()
         training.save()
-        run.write_configuration(device(), training.objective.engine(training.network).name)
+    run.write_configuration(device(), training.objective.stages(training.network).engine.name)
     with deferred_interrupt() as interrupted:
         while training.epoch < run.recipe.epochs:
             for done in training.steps():
@@ -124,7 +124,7 @@ class Training:
         result = Metrics(
             epoch=self.epoch,
             loss=self.loss_sum.item() / self.steps_per_epoch,
-            learning_rate=self.last_learning_rate,
+            learning_rate=self.learning_rate,
             accuracy={format_path(path): share for path, share in shares.items()},
             seconds=self.seconds,
             work=self.work,
@@ -180,7 +180,7 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.last_learning_rate = self.scheduler.get_last_lr()[0]
+        self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         self.loss_sum += loss.detach()
         self.position += 1

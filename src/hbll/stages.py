@@ -1,0 +1,63 @@
+"""The chain cut into stages of consecutive blocks: what the nodes of a training rule stand for.
+
+Inside a stage blocks are evaluated one after the other with exact gradients, as one device would do; the rule works
+between stages, on the tree over them. Stages of one block are the plain rule.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from hbll.blocks import make_engine
+from hbll.tree import Tree
+
+__all__ = ["Stages"]
+
+
+class Stages:
+    """The stages of a network, numbered like nodes from 1 on.
+
+    Args:
+        blocks: the network's blocks.
+        size: blocks in a stage; the last stage may have fewer.
+        engine: ``auto``, ``loop`` or ``batched``, see ``make_engine``.
+
+    Attributes:
+        numbers: the blocks of every stage by their numbers in the network.
+        tree: the binary tree over the stages.
+        engine: evaluates stages.
+        last_blocks: evaluates the last block of stages; the engine itself if stages are single blocks.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, size: int, engine: str) -> None:
+        everything = range(1, len(blocks) + 1)
+        self.numbers = [tuple(everything[start : start + size]) for start in range(0, len(blocks), size)]
+        self.tree = Tree(len(self.numbers) + 1)
+        if size == 1:
+            self.engine = self.last_blocks = make_engine(blocks, self.names, engine)
+        else:
+            cut = [nn.Sequential(*(blocks[n - 1] for n in stage)) for stage in self.numbers]
+            self.engine = make_engine(cut, self.names, engine)
+            last = [blocks[stage[-1] - 1] for stage in self.numbers]
+            self.last_blocks = make_engine(last, [f"block {stage[-1]}" for stage in self.numbers], engine)
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """All stages."""
+        return self.tree.chain
+
+    @property
+    def names(self) -> list[str]:
+        """What messages and tables call the stages."""
+        return [
+            f"block {s[0]}" if len(s) == 1 else f"stage {i} (blocks {s[0]}-{s[-1]})"
+            for i, s in enumerate(self.numbers, 1)
+        ]
+
+    def depth(self, nodes: Iterable[int]) -> int:
+        """The blocks of the longest of these stages: what evaluating them at once adds to the span."""
+        return max(len(self.numbers[n - 1]) for n in nodes)
+
+    def size(self, nodes: Iterable[int]) -> int:
+        """The blocks of all of these stages together."""
+        return sum(len(self.numbers[n - 1]) for n in nodes)
