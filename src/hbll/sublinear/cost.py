@@ -1,0 +1,108 @@
+"""What each engine will cost, told before it is built: bytes, so that a fit too large is refused; seconds, so that
+`auto` picks.
+
+Both follow from a look at the neurons: a pilot of the first 4096 before anything large is allocated, all of them
+after the screen.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .engine import EngineName
+from .problem import Problem
+from .screen import Screen
+
+__all__ = ["Forecast", "dense_operations", "forecast", "machine_bytes", "refuse_beyond"]
+
+# Nanoseconds on one thread, float32, fitted to benchmarks/sublinear.py; only their ratios decide.
+PRODUCT = 0.022  # a multiply-add inside BLAS
+SCAN = 0.5  # one product <w_r, x_j> against the threshold
+ROW = 40.0  # a neuron's bookkeeping in the sparse passes
+PAIR = 12.0  # a pair that fires: found, tallied, merged into the coefficients
+SHIFT = 0.25  # a feature of a weight that a pair moves
+ENTRY = 3.0  # a list's entry
+LIST = 1.0  # one S_r x L_r term
+VISIT = 3.0  # a tree's node in a query
+TOUCH = 2.5  # a tree's node in an update
+LEAF = 0.6  # one S_r term of a leaf's change
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Expected counts at the start of the fit, and what they cost each engine per iteration."""
+
+    alive: float  # neurons that fire on some point
+    fired: float  # pairs that fire
+    entries: float  # of the slack lists
+    list_work: float  # sum_r |S_r| |L_r|
+    seconds: dict[EngineName, float]  # per iteration on one thread, without the n x n solve that all share
+    bytes: dict[EngineName, float]  # at the peak of a fit of one target
+
+
+def forecast(problem: Problem, screened: Screen, looked_at: int) -> Forecast:
+    """Extrapolate from a screen of the first `looked_at` neurons to all of them."""
+    scale = problem.width / looked_at
+    starts = screened.lists.starts
+    above = np.concatenate([[0], np.cumsum(screened.lists.values > problem.threshold)])
+    fires = np.diff(above[starts])
+    alive, fired, entries = len(fires) * scale, int(above[-1]) * scale, len(screened.lists.points) * scale
+    list_work = float(fires @ np.diff(starts)) * scale
+    m, n, d, size = problem.width, len(problem), problem.features, problem.dtype.itemsize
+    visited = n * _paths(fired / n, m)
+    touched = n * _paths(alive, m)
+
+    def matrix(rows: float) -> float:
+        return size / 4 * rows * n * (d * PRODUCT + SCAN) + rows * ROW / 4 + fired * (PAIR + d * SHIFT)
+
+    nanoseconds: dict[EngineName, float] = {
+        "dense": matrix(m),
+        "compact": matrix(alive),
+        "slack": alive * ROW + entries * ENTRY + list_work * LIST + fired * PAIR,
+        "tree": visited * VISIT + touched * TOUCH + n * fired * LEAF + m * ROW / 4 + fired * PAIR,
+    }
+    pairs = 2 * (2 + size)  # an entry of the fired pairs, and its copy while they are joined
+    common = n * n * (8 + size + 4 * 4) + 3 * pairs * fired
+    screen_bytes = 33 * alive + 2 * (2 + size) * entries
+    storage: dict[EngineName, float] = {
+        "dense": m * (d * size + 8 + 1 + 3 * 8) + common,
+        "compact": alive * (d * size + 8 + 1 + 3 * 8) + screen_bytes + common,
+        "slack": alive * 58 + entries * (2 + 2 * size) + screen_bytes + common,
+        "tree": m * (2 * n * size + 8 + 1 + 3 * 8) + common,
+    }
+    return Forecast(alive, fired, entries, list_work, {k: v * 1e-9 for k, v in nanoseconds.items()}, storage)
+
+
+def _paths(leaves: float, m: int) -> float:
+    """Nodes on the paths from `leaves` random leaves of m to the root: all levels above, then a chain for each leaf."""
+    if leaves < 1:
+        return 1.0
+    return min(2.0 * m, leaves * (2 + math.log2(m / leaves))) if m > 1 else 1.0
+
+
+def dense_operations(problem: Problem) -> int:
+    """m n d + n^3 / 3: an iteration of the dense baseline (BPSW21, arXiv 2006.11648)."""
+    return problem.width * len(problem) * problem.features + len(problem) ** 3 // 3
+
+
+def machine_bytes() -> float:
+    """The memory of the machine, or of the container's share of it; unbounded where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        total = min(total, float(text))
+    return total
+
+
+def refuse_beyond(needed: float, what: str) -> None:
+    """Raise ValueError where `what` needs more bytes than the machine has."""
+    if needed > machine_bytes():
+        raise ValueError(
+            f"{what} would need {needed / 2**30:.3g} GiB of memory, "
+            f"and this machine has {machine_bytes() / 2**30:.3g} GiB"
+        )
