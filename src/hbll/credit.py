@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from hbll.blocks import Evaluation, stack
 from hbll.inversion import gauss_newton, taylor
 from hbll.rule import Rule
+from hbll.scan import Coarse, correct_transposed
 from hbll.trace import Correction, Trace, attach_gradients, wide
+from hbll.tree import Tree
 
-__all__ = ["CREDIT", "ArcCredit", "Credit", "Errors", "ExactCredit"]
+__all__ = ["CREDIT", "Arc", "ArcCredit", "Credit", "Errors", "ExactCredit", "ScanCredit", "SpineCredit", "spine"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,29 @@ class Errors:
 
     mean: (n,), per node, over the batch.
     samples: (n, B), each sample's own.
-    factor: what turns the gradient of the mean into each sample's own gradient times the number of tokens.
+    factor: what turns the gradient of the mean into each sample's own gradient times the number of tokens; (n,) or one.
     """
 
     mean: Tensor
     samples: Tensor
     factor: Tensor | int
 
+    def own(self, gradient: Tensor) -> Tensor:
+        """Each sample's own gradient times the number of tokens, from that of the mean, (n, B, ...)."""
+        if isinstance(self.factor, int):
+            return self.factor * gradient
+        return self.factor.view(-1, *(1,) * (gradient.ndim - 1)) * gradient
+
 
 class Credit(nn.Module):
     """What every credit module offers."""
+
+    pulls_back = False
+    """Whether gradients are pulled back through the states' own evaluations."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
 
     def correct(self, trace: Trace, nodes: Sequence[int]) -> None:
         """Adds the corrections of these nodes to the trace."""
@@ -45,142 +60,265 @@ class Credit(nn.Module):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Arc:
+    """The way from some nodes' states to an error of their own.
+
+    nodes: n of them.
+    predict: states (n, B, ...) -> what is compared, and the parameters it depends on.
+    errors: what is compared -> errors.
+    blocks, length: the block evaluations of ``predict`` and the longest chain of dependent ones among them.
+    known: the span at which what the prediction is compared with was there.
+    """
+
+    nodes: tuple[int, ...]
+    predict: Callable[[Tensor], Evaluation]
+    errors: Callable[[Any], Errors]
+    blocks: int = 0
+    length: int = 0
+    known: int = 0
+
+    def invert(self, trace: Trace, rule: Rule, weight: float = 1.0) -> None:
+        """Adds the nodes' corrections to the trace, and the loss that trains what the arc leads through.
+
+        One backward walk gives the gradient in the states and in the parameters; both are multiplied by ``weight``.
+        """
+        prior = trace.outputs(self.nodes).requires_grad_()
+        prediction = self.predict(prior)
+        errors = self.errors(prediction.outputs)
+        total = weight * errors.mean.sum()
+        if trace.observer:
+            trace.observer(self.nodes, total)
+        gradient, *for_parameters = torch.autograd.grad(
+            total,
+            [prior, *prediction.parameters],
+            retain_graph=rule.inversion == "exact",
+            materialize_grads=True,  # a block may own parameters that it does not use
+        )
+        depth = trace.depth("output", self.nodes) + self.length
+        trace.count(self.blocks, depth)
+        depth = max(depth, self.known) + self.length
+        trace.count(self.blocks * (2 if prediction.parameters else 1), depth)
+        own = errors.own(gradient)
+        if rule.inversion == "none":
+            target = prior.detach()
+        elif rule.inversion == "taylor":
+            target = trace.family.shift(prior.detach(), taylor(own, rule.step))
+        else:
+            target = prior.detach() + gauss_newton(
+                prior, prediction.outputs, own, self._own_gradient, rule.variance, rule.iterations
+            )
+            # The map u -> J^T u once; then a product with J and one with J^T an iteration, one after the other.
+            trace.count(self.blocks, depth)
+            depth += 2 * rule.iterations * self.length
+            trace.count(2 * rule.iterations * self.blocks, depth)
+        if rule.noise:
+            target = target + rule.noise * torch.randn_like(target)
+        trace.add_correction(
+            Correction(self.nodes, prior.detach(), gradient, target, depth, errors.mean.detach(), self._energy)
+        )
+        trace.terms.append((self.nodes, attach_gradients(total, prediction.parameters, for_parameters)))
+
+    def _own_gradient(self, prediction: Tensor) -> Tensor:
+        errors = self.errors(prediction)
+        weights = errors.factor * errors.mean
+        return torch.autograd.grad(weights.sum(), prediction, create_graph=True)[0]
+
+    def _energy(self, states: Tensor) -> Tensor:
+        return self.errors(self.predict(states).outputs).samples
+
+
 class ArcCredit(Credit):
     """Inverted arcs: each node looks at the error of its right neighbour's prediction alone (arXiv 2606.21497, section 3).
 
     The error of node n is the divergence of f_j(a_n) from the target of its right parent j, or the label's loss if j = N.
-    Its gradient in a_n gives the target; its gradient in the parameters trains f_j or the head. Both come from one walk.
+    Its gradient in a_n gives the target; its gradient in the parameters trains f_j or the head.
     """
-
-    def __init__(self, rule: Rule) -> None:
-        super().__init__()
-        self.rule = rule
 
     def correct(self, trace: Trace, nodes: Sequence[int]) -> None:
         node_of = {trace.tree.right(n): n for n in nodes}
         if trace.tree.nodes in node_of:
             node = node_of.pop(trace.tree.nodes)
-            self._invert(
-                trace, (node,), lambda state: on_head(trace, state), lambda logits: label_errors(trace, logits)
-            )
+            Arc(
+                (node,), lambda states: on_head(trace, states), lambda found: label_errors(trace, found, trace.y, 1)
+            ).invert(trace, self.rule)
         for right in trace.engine.groups(list(node_of)):
-            self._invert_arcs(trace, tuple(node_of[j] for j in right), right)
+            self._right_arc(trace, tuple(node_of[j] for j in right), right).invert(trace, self.rule)
 
     def finish(self, trace: Trace) -> None:
         for level in trace.tree.levels:
             if level[0] not in trace.target:
                 self.correct(trace, level)
 
-    def _invert_arcs(self, trace: Trace, nodes: tuple[int, ...], right: tuple[int, ...]) -> None:
+    @staticmethod
+    def _right_arc(trace: Trace, nodes: tuple[int, ...], right: tuple[int, ...]) -> Arc:
         targets = wide(stack([trace.target[j] for j in right]))
 
         def errors(prediction: Tensor) -> Errors:
             samples = trace.per_sample(trace.family.divergence(targets, wide(prediction)))
             return Errors(samples.mean(1), samples, samples.shape[1] * trace.tokens)
 
-        self._invert(trace, nodes, lambda state: trace.engine(right, state), errors, right)
-
-    def _invert(
-        self,
-        trace: Trace,
-        nodes: tuple[int, ...],
-        predict: Callable[[Tensor], Evaluation],
-        errors: Callable[[Any], Errors],
-        right: tuple[int, ...] = (),
-    ) -> None:
-        rule = self.rule
-        prior = trace.outputs(nodes).requires_grad_()
-        arc = predict(prior)
-        found = errors(arc.outputs)
-        total = found.mean.sum()
-        if trace.observer:
-            trace.observer(nodes, total)
-        gradient, *for_parameters = torch.autograd.grad(
-            total,
-            [prior, *arc.parameters],
-            retain_graph=rule.inversion == "exact",
-            materialize_grads=True,  # a block may own parameters that it does not use
+        return Arc(
+            nodes,
+            lambda states: trace.engine(right, states),
+            errors,
+            trace.stages.size(right),
+            trace.stages.depth(right),
+            trace.depth("target", right),
         )
-        depth = trace.depth("output", nodes)
-        if right:
-            blocks, length = trace.stages.size(right), trace.stages.depth(right)
-            depth += length
-            trace.count(blocks, depth)
-            depth = max(depth, trace.depth("target", right)) + length
-            trace.count(blocks * (2 if arc.parameters else 1), depth)
-        if rule.inversion == "none":
-            target = prior.detach()
-        elif rule.inversion == "taylor":
-            target = trace.family.shift(prior.detach(), taylor(found.factor * gradient, rule.step))
-        else:
-
-            def own_gradient(prediction: Tensor) -> Tensor:
-                again = errors(prediction)
-                return torch.autograd.grad(again.mean.sum() * again.factor, prediction, create_graph=True)[0]
-
-            delta = gauss_newton(
-                prior, arc.outputs, found.factor * gradient, own_gradient, rule.variance, rule.iterations
-            )
-            target = prior.detach() + delta
-            if right:
-                # The map u -> J^T u once; then a product with J and one with J^T an iteration, one after the other.
-                trace.count(blocks, depth)
-                depth += 2 * rule.iterations * length
-                trace.count(2 * rule.iterations * blocks, depth)
-        if rule.noise:
-            target = target + rule.noise * torch.randn_like(target)
-        trace.add_correction(
-            Correction(
-                nodes,
-                prior.detach(),
-                gradient,
-                target,
-                found.mean.detach(),
-                lambda state: errors(predict(state).outputs).samples,
-                depth,
-            )
-        )
-        trace.terms.append((nodes, attach_gradients(total, arc.parameters, for_parameters)))
 
 
 class ExactCredit(Credit):
     """The gradient of the label's loss through the graph that the states carry: with chain states, backpropagation."""
 
-    def __init__(self, rule: Rule) -> None:
-        super().__init__()
-
     def finish(self, trace: Trace) -> None:
         assert trace.last is not None  # the rule pairs exact credit with chain states
-        node, state = trace.last
-        loss = label_errors(trace, trace.network.head(state)).mean.sum()
+        block, state = trace.last
+        node = trace.stages.of(block)
+        loss = label_errors(trace, trace.network.head(state), trace.y, 1).mean.sum()
         if trace.observer:
             trace.observer((node,), loss)
         trace.terms.append(((node,), loss))
 
 
-def on_head(trace: Trace, state: Tensor) -> Evaluation:
+class ScanCredit(Credit):
+    """Gradients at all stages' outputs at once, by sweeps of vector-Jacobian products.
+
+    Every stage starts from the gradient at the head. A sweep pulls all of them back through their stages and carries the
+    disagreement on to all earlier stages, along the skip connections, by a suffix sum. After as many sweeps as there are
+    stages the gradients are exact for the states at hand.
+    """
+
+    pulls_back = True
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(rule)
+        self.coarse: Coarse = "identity" if rule.coarse == "skip" else None
+
+    def finish(self, trace: Trace) -> None:
+        nodes = trace.stages.nodes
+        outputs = trace.outputs(nodes)
+        state = (outputs[-1] if trace.head_state is None else trace.head_state).detach().requires_grad_()
+        prediction = on_head(trace, state.unsqueeze(0))
+        errors = label_errors(trace, prediction.outputs, trace.y, 1)
+        total = errors.mean.sum()
+        at_head, *for_head = torch.autograd.grad(total, [state, *prediction.parameters], materialize_grads=True)
+        trace.terms.append((nodes[-1:], attach_gradients(total, prediction.parameters, for_head)))
+
+        credit = at_head.expand(len(nodes), *at_head.shape)
+        at_input = at_head
+        depth = trace.depth("output", nodes)
+        if trace.observer:
+            for n in nodes:
+                trace.observer((n,), total)
+                for wave in trace.waves:
+                    if self.rule.credit_sweeps and wave.nodes[0] > n:
+                        trace.observer((n,), wave.evaluation.outputs)
+        for _ in range(self.rule.credit_sweeps):
+            pulled, depth = trace.pull_back(credit, depth)
+            starts = correct_transposed(credit, pulled, self.coarse)
+            at_input, credit = starts[0], torch.cat([starts[1:], at_head.unsqueeze(0)])
+        embedded = trace.boundary[0]
+        if embedded.requires_grad:
+            trace.terms.append(("embed", attach_gradients(total.new_zeros(()), [embedded], [at_input])))
+        target = trace.family.shift(outputs, taylor(errors.own(credit), self.rule.step))
+        error = total.new_full((len(nodes),), torch.nan)
+        error[-1] = total.detach()
+        trace.add_correction(Correction(nodes, outputs, credit, target, depth, error))
+
+
+class SpineCredit(Credit):
+    """The gradient of the label's loss through a few jumps: each stage's output goes on to the head through the last
+    blocks of at most log2 S + 1 later stages, which learn to be called from afar."""
+
+    def finish(self, trace: Trace) -> None:
+        nodes = tuple(sorted(n for wave in trace.waves for n in wave.nodes))
+        chosen = nodes
+        if self.rule.spine_share < 1:
+            count = max(1, round(self.rule.spine_share * len(nodes)))
+            chosen = tuple(nodes[i] for i in sorted(torch.randperm(len(nodes))[:count].tolist()))
+        weight = len(nodes) / len(chosen)
+        # An audit is to tell the nodes' losses apart.
+        for together in [(n,) for n in chosen] if trace.observer else [chosen]:
+            self._arc(trace, together).invert(trace, self.rule, weight)
+
+    def _arc(self, trace: Trace, nodes: tuple[int, ...]) -> Arc:
+        spines = [spine(n, trace.tree, self.rule.spine) for n in nodes]
+        if trace.labels is None:
+            labels = torch.cat([trace.y] * len(nodes))
+        else:
+            labels = trace.labels[[n - 1 for n in nodes]].flatten(0, 1)
+        engine, head = trace.stages.last_blocks, trace.network.head
+
+        def predict(states: Tensor) -> Evaluation:
+            current = list(states.unbind(0))
+            parameters: list[Tensor] = []
+            for step in range(max(map(len, spines))):
+                moving = [i for i, jumps in enumerate(spines) if step < len(jumps)]
+                through = [spines[i][step] for i in moving]
+                for positions in engine.partition(through):
+                    group = tuple(through[p] for p in positions)
+                    evaluation = engine(group, stack([current[moving[p]] for p in positions]))
+                    parameters += evaluation.parameters
+                    for p, state in zip(positions, evaluation.outputs.unbind(0), strict=True):
+                        current[moving[p]] = state
+            parameters += [p for p in head.parameters() if p.requires_grad]
+            return Evaluation(head(torch.cat(current)), tuple(parameters))
+
+        return Arc(
+            nodes,
+            predict,
+            lambda found: label_errors(trace, found, labels, len(nodes)),
+            blocks=sum(map(len, spines)),
+            length=max(map(len, spines)),
+        )
+
+
+def spine(node: int, tree: Tree, kind: str) -> tuple[int, ...]:
+    """The stages whose last blocks a stage's output passes on its way to the head.
+
+    Args:
+        node: the stage.
+        tree: the tree over stages 1..S.
+        kind: ``doubling``: node + 1, + 3, + 7, .., S; ``right``: the right parents up to the label; ``none``.
+    """
+    last = tree.nodes - 1
+    if kind == "none" or node == last:
+        return ()
+    if kind == "right":
+        after = tree.right(node)
+        return () if after > last else (after, *spine(after, tree, kind))
+    ahead = [node + 2**k - 1 for k in range(1, (last - node).bit_length() + 1)]
+    return (*(n for n in ahead if n < last), last)
+
+
+def on_head(trace: Trace, states: Tensor) -> Evaluation:
     """The head on one node's state, (1, B, ...)."""
     head = trace.network.head
-    return Evaluation(head(state[0]), tuple(p for p in head.parameters() if p.requires_grad))
+    return Evaluation(head(states[0]), tuple(p for p in head.parameters() if p.requires_grad))
 
 
-def label_errors(trace: Trace, prediction: Any) -> Errors:
-    """The errors of what the head predicts, as of one node.
+def label_errors(trace: Trace, prediction: Any, y: Any, nodes: int) -> Errors:
+    """The errors of what the head predicts for the samples of some nodes, one node's after the other's.
 
     A loss of one value per sample counts for all of the state's tokens: the label would vanish beside the right
     neighbours' errors, of which every token has its own.
     """
-    returned = trace.rule.loss(prediction, trace.y)
+    returned = trace.rule.loss(prediction, y)
     values, weights = returned if isinstance(returned, tuple) else (returned, None)
-    values = wide(values) / trace.rule.label_variance
+    values = (wide(values) / trace.rule.label_variance).unflatten(0, (nodes, -1))
     if weights is None:
-        total, count = values.sum(), values.numel()
+        count: Tensor | int = values[0].numel()
     else:
-        values = values * weights
-        total, count = values.sum(), weights.sum()
-    samples = values.unsqueeze(0)
-    factor = count if values.ndim > 1 else count * trace.tokens
-    return Errors((total / count).view(1), trace.per_sample(samples), factor)
+        weights = weights.unflatten(0, (nodes, -1))
+        values, count = values * weights, weights.flatten(1).sum(1)
+    factor = count if values.ndim > 2 else count * trace.tokens
+    return Errors(values.flatten(1).sum(1) / count, trace.per_sample(values), factor)
 
 
-CREDIT: dict[str, type[Credit]] = {"arcs": ArcCredit, "exact": ExactCredit}
+CREDIT: dict[str, type[Credit]] = {
+    "arcs": ArcCredit,
+    "exact": ExactCredit,
+    "scan": ScanCredit,
+    "spine": SpineCredit,
+}

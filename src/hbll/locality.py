@@ -22,9 +22,10 @@ __all__ = ["Audit", "NodeAudit", "audit"]
 class NodeAudit:
     """What the graph says of one node; modules are named ``embed``, ``block 3``, ``head``."""
 
-    node: int
-    left: int
-    right: int
+    node: int | str
+    """A node, or the name of a loss beside them: ``embed`` (credit for the embedded input), ``rim``."""
+    left: int | None
+    right: int | None
     reaches: tuple[str, ...]
     """Modules whose parameters receive a gradient from the node's losses."""
     uses: tuple[str, ...]
@@ -49,9 +50,10 @@ class Audit:
 
     def __str__(self) -> str:
         cells = [("node", "left", "right", "loss reaches", "credit uses", "outside its triple")]
-        last = max(row.right for row in self.rows)
+        last = max(row.right or 0 for row in self.rows)
         for row in self.rows:
-            sides = (str(row.node), str(row.left), "label" if row.right == last else str(row.right))
+            sides = [str(row.node), *("-" if side is None else str(side) for side in (row.left, row.right))]
+            sides[2] = "label" if row.right == last else sides[2]
             cells.append((*sides, *(", ".join(names) or "-" for names in (row.reaches, row.uses, row.outside))))
         widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
         lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
@@ -79,22 +81,28 @@ def audit(network: TreeNetwork, objective: Objective, x: Any, y: Any) -> Audit:
     stages = Stages(network.blocks, objective.rule.stage, "loop")
     trace = Trace(network, stages, objective.rule, x, y)
     trace.observer = observe
+    training = objective.training
+    objective.eval()  # what the rule keeps from step to step stays as it is
     objective.follow(trace)
-    reaches: dict[int, set[str]] = {}
+    objective.train(training)
+    reaches: dict[int | str, set[str]] = {}
     for nodes, term in trace.terms:
-        for n in nodes:
+        for n in (nodes,) if isinstance(nodes, str) else nodes:
             reaches.setdefault(n, set()).update(names(term))
 
     def order(found: set[str]) -> tuple[str, ...]:
         return tuple(module for module in _modules(network) if module in found)
 
     rows = []
-    for n in sorted(reaches):
+    for n, found in sorted(reaches.items(), key=lambda item: (isinstance(item[0], str), item[0])):
+        if isinstance(n, str):
+            rows.append(NodeAudit(n, None, None, order(found), (), order(found - {"embed"})))
+            continue
         left, right = stages.tree.interval(n)
         triple = {f"block {b}" for node in (n, right) if node < stages.tree.nodes for b in stages.numbers[node - 1]}
         triple |= {"head"} if right == stages.tree.nodes else set()
         triple |= {"embed"} if left == 0 else set()
-        found, used = reaches[n], uses.get(n, set())
+        used = uses.get(n, set())
         rows.append(NodeAudit(n, left, right, order(found), order(used), order((found | used) - triple)))
     shared = {names for names in owners.values() if len(names) > 1}
     return Audit(tuple(rows), tuple(sorted(shared)))

@@ -5,20 +5,21 @@ step = objective(network, x, y)
 step.loss.backward()                      # any torch optimizer then moves network.parameters()
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hbll.blocks import stack
-from hbll.credit import CREDIT, Credit
+from hbll.credit import CREDIT, label_errors
 from hbll.network import TreeNetwork
 from hbll.rule import make_rule
 from hbll.stages import Stages
-from hbll.states import STATES
+from hbll.states import STATES, ScanStates
 from hbll.trace import Trace, attach_gradients, wide
 
 __all__ = ["NodeReport", "Objective", "Step"]
@@ -31,8 +32,8 @@ class NodeReport:
     Fields are None where the rule has no such thing, and ``rose`` and ``cosine`` unless ``Objective.diagnose`` was asked.
     """
 
-    error: float
-    """Of the right arc: the divergence of its prediction from its target, or the label's loss / label_variance."""
+    error: float | None
+    """Of the node's arc: the divergence of its prediction from its target, or the label's loss / label_variance."""
     divergence: float | None = None
     """KL(target || prior); the node's own loss in block scope."""
     correction: float | None = None
@@ -53,6 +54,7 @@ class Step:
         work, span: block evaluations of this step, all of them and the longest chain of dependent ones, in the units of
             ``hbll.trace``; the backward pass through ``loss`` is counted in, made or not.
         engine: how the blocks were evaluated, ``loop`` or ``batched``.
+        defect: of scan states, how far the last sweep still moved them, ||new - old|| / ||new||; a scalar without graph.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -61,6 +63,7 @@ class Step:
         self.work = trace.work
         self.span = trace.span
         self.engine = trace.engine.name
+        self.defect = trace.defect
 
     @cached_property
     def nodes(self) -> dict[int, NodeReport]:
@@ -80,11 +83,12 @@ class Step:
                 trace.per_sample(change).mean(1),
                 trace.per_sample((target - prior).norm(dim=family.dim)).mean(1),
             ]
-            for n, values in zip(c.nodes, torch.stack(fields, 1).tolist(), strict=True):
-                reports[n] = NodeReport(*values, rose.get(n), cosine.get(n))
-        if not reports:  # exact credit has no corrections
+            for n, (error, *changes) in zip(c.nodes, torch.stack(fields, 1).tolist(), strict=True):
+                own = None if math.isnan(error) else error
+                reports[n] = NodeReport(own, *changes, rose=rose.get(n), cosine=cosine.get(n))
+        if not reports:  # exact credit corrects no node
             (nodes, term), *_ = trace.terms
-            reports = {n: NodeReport(term.item(), cosine=cosine.get(n)) for n in nodes}
+            reports = {nodes[0]: NodeReport(term.item(), cosine=cosine.get(nodes[0]))}
         return dict(sorted(reports.items()))
 
 
@@ -92,7 +96,8 @@ class Objective(nn.Module):
     """A training rule: a preset, or any combination of options.
 
     Args:
-        rule: ``paper`` (HBLL as published), ``tree`` (its leak-free variant) or ``bp`` (backpropagation).
+        rule: a name in ``PRESETS``: ``paper`` (HBLL as published), ``tree`` (its leak-free variant), ``scan`` and ``stream``
+            (whose chain is accurate at full depth) or ``bp`` (backpropagation).
         options: fields of ``hbll.rule.Rule`` that replace the preset's.
 
     Raises:
@@ -103,7 +108,7 @@ class Objective(nn.Module):
         super().__init__()
         self.rule = make_rule(rule, options)
         self.states = STATES[self.rule.states](self.rule)
-        self.credit: Credit = CREDIT[self.rule.credit](self.rule)
+        self.credit = CREDIT[self.rule.credit](self.rule)
         self._stages: WeakKeyDictionary[TreeNetwork, Stages] = WeakKeyDictionary()
 
     def stages(self, network: TreeNetwork) -> Stages:
@@ -111,6 +116,28 @@ class Objective(nn.Module):
         if network not in self._stages:
             self._stages[network] = Stages(network.blocks, self.rule.stage, self.rule.engine)
         return self._stages[network]
+
+    def prepare(self, network: TreeNetwork) -> "Objective":
+        """Makes the parameters that a rule has beside the network's (a predictor tree has, most rules have none).
+
+        To be called before the optimizer is made, which then takes ``[*network.parameters(), *objective.parameters()]``.
+        """
+        self.states.prepare(network, self.stages(network))
+        return self
+
+    def predict(self, network: TreeNetwork, x: Any, sweeps: int) -> Tensor:
+        """The head's output of scan states after so many sweeps: an anytime readout of the chain, which it becomes after as
+        many sweeps as there are stages.
+
+        Raises:
+            ValueError: the rule has other states.
+        """
+        if not isinstance(self.states, ScanStates):
+            raise ValueError("the anytime readout is of scan states: take states='scan'")
+        with torch.no_grad():
+            trace = Trace(network, self.stages(network), self.rule, x, None)
+            states = self.states.sweep(trace, sweeps, None)
+            return network.head(states[-1])
 
     def forward(self, network: TreeNetwork, x: Any, y: Any) -> Step:
         """One training step up to the loss.
@@ -127,10 +154,13 @@ class Objective(nn.Module):
 
     def follow(self, trace: Trace) -> Step:
         """Carries the rule out on a new trace."""
+        trace.pulls_back = self.credit.pulls_back
         self.states(trace, self.credit)
         self.credit.finish(trace)
         self._update(trace)
         trace.count_backward()
+        if self.rule.rim:
+            self._train_rim(trace)
         return Step(trace)
 
     def _update(self, trace: Trace) -> None:
@@ -138,39 +168,64 @@ class Objective(nn.Module):
         for wave in trace.waves:
             if wave.nodes[0] not in trace.target:
                 continue
-            outputs = wave.evaluation.outputs
+            outputs, parameters = wave.evaluation.outputs, wave.evaluation.parameters
             if self.rule.scope == "block":
                 target = stack([trace.target[n] for n in wave.nodes])
                 divergence = trace.family.divergence(wide(target), wide(outputs))
-                term = trace.per_sample(divergence).mean(1).sum()
+                value = trace.per_sample(divergence).mean(1).sum()
+                tensors, gradients = [value], [torch.ones_like(value)]
             else:
                 gradient = stack([trace.gradient[n] for n in wave.nodes])
-                term = attach_gradients(gradient.new_zeros(()), [outputs], [gradient])
-            trace.terms.append((wave.nodes, term))
+                value = torch.zeros((), dtype=wide(gradient).dtype, device=gradient.device)
+                tensors, gradients = [outputs], [gradient]
+            if trace.pulls_back:  # the inputs are leaves, into which loss.backward() would put gradients
+                gradients = torch.autograd.grad(tensors, parameters, gradients, materialize_grads=True)
+                tensors = parameters
+            trace.terms.append((wave.nodes, attach_gradients(value, tensors, gradients)))
+
+    @staticmethod
+    def _train_rim(trace: Trace) -> None:
+        """Backpropagation along the rim with an exit to the head after every block of it."""
+        state, errors = trace.boundary[0], []
+        rim = trace.network.tree.rim
+        for n in rim:
+            state = trace.network.blocks[n - 1](state)
+            errors.append(label_errors(trace, trace.network.head(state), trace.y, 1).mean)
+        trace.terms.append(("rim", trace.rule.rim * torch.cat(errors).mean()))
+        trace.count(3 * len(rim), 2 * len(rim))
 
     def diagnose(self, network: TreeNetwork, x: Any, y: Any) -> dict[int, NodeReport]:
         """The reports of one batch with ``rose`` and ``cosine``; costs about two steps and leaves no gradient behind."""
+        training = self.training
+        self.eval()  # what the rule keeps from step to step stays as it is
         step = self(network, x, y)
+        self.train(training)
         family, trace = step.trace.family, step.trace
         rose = {}
         with torch.no_grad():
             for c in trace.corrections:
+                if c.energy is None:
+                    continue
                 prior, target = wide(c.prior), wide(c.target)
                 after = c.energy(c.target) + trace.per_sample(family.divergence(target, prior))
                 share = (after > c.energy(c.prior)).float().mean(1)
                 rose.update(zip(c.nodes, share.tolist(), strict=True))
         return step.report(rose, self._cosines(network, step, x, y))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Stages are found again from the network; a copy of the objective must not copy the network's blocks with them.
+        return {**self.__dict__, "_stages": WeakKeyDictionary()}
+
     def _cosines(self, network: TreeNetwork, step: Step, x: Any, y: Any) -> dict[int, float]:
-        parameters = [[p for p in block.parameters() if p.requires_grad] for block in network.blocks]
         exact = Objective("bp", loss=self.rule.loss, engine="loop")(network, x, y)
-        flat = [p for block in parameters for p in block]
-        ours = iter(torch.autograd.grad(step.loss, flat, materialize_grads=True))
-        theirs = iter(torch.autograd.grad(exact.loss, flat, materialize_grads=True))
+        owned = [list(block.parameters()) for block in network.blocks]
+        flat = [p for block in owned for p in block if p.requires_grad]
+        ours = dict(zip(flat, torch.autograd.grad(step.loss, flat, materialize_grads=True), strict=True))
+        theirs = dict(zip(flat, torch.autograd.grad(exact.loss, flat, materialize_grads=True), strict=True))
         cosines = {}
-        for n, block in enumerate(parameters, 1):
-            if block:
-                mine = torch.cat([next(ours).flatten() for _ in block])
-                other = torch.cat([next(theirs).flatten() for _ in block])
+        for n, numbers in enumerate(step.trace.stages.numbers, 1):
+            trained = [p for b in numbers for p in owned[b - 1] if p.requires_grad]
+            if trained:
+                mine, other = (torch.cat([g[p].flatten() for p in trained]) for g in (ours, theirs))
                 cosines[n] = torch.cosine_similarity(mine, other, dim=0).item()
         return cosines

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
+from torch import nn
+
 from hbll.losses import Loss, cross_entropy
 
 __all__ = ["PRESETS", "Rule"]
@@ -18,14 +20,16 @@ class Rule:
         ValueError: an option has no such value, or two of them exclude each other.
     """
 
-    states: Literal["tree", "chain"] = "tree"
-    """What a block is evaluated on: its left parent in the tree, or its predecessor in the chain, one after the other."""
+    states: Literal["tree", "chain", "scan", "stream"] = "tree"
+    """What a node is evaluated on: its left parent in the tree, or an estimate of its predecessor in the chain: exact, one
+    after the other; by parallel sweeps; or left there by the step before."""
     boundary: Literal["posterior", "prior"] = "posterior"
     """What a node of the tree hands to its children: its target, or what its block computed."""
     stage: int = 1
     """Consecutive blocks that form one node, evaluated one after the other with exact gradients inside."""
-    credit: Literal["arcs", "exact"] = "arcs"
-    """Inverted right arcs, or the exact gradient through the whole chain."""
+    credit: Literal["arcs", "exact", "scan", "spine"] = "arcs"
+    """Inverted right arcs; the exact gradient through the whole chain; parallel sweeps of vector-Jacobian products; or the
+    gradient through a few jumps to the head."""
     scope: Literal["block", "triplet", "tree"] = "block"
     """How far the gradient of a node's error reaches: the right neighbour (f_n then moves to its target), also the node's
     own block, or everything that the node's state was computed from."""
@@ -45,6 +49,24 @@ class Rule:
     """The label's error is loss / label_variance."""
     loss: Loss = cross_entropy
     """The label's loss."""
+    sweeps: int = 3
+    """Sweeps of scan states, the last one, with graph, included; at most so many if there is a tolerance."""
+    credit_sweeps: int = 2
+    """Sweeps of scan credit."""
+    tolerance: float | None = None
+    """Sweeps of states end as soon as one moves them by less than this, relative to their norm."""
+    guess: Literal["mean", "tree"] = "mean"
+    """Where the sweeps of states start: a running mean over steps, or a predictor tree with parameters of its own."""
+    jumps: Sequence[nn.Module] = ()
+    """The blocks of the predictor tree, one per stage; by default fresh copies of each stage's last block."""
+    coarse: Literal["skip", "none"] = "skip"
+    """How a sweep carries a correction across a stage: unchanged, as skip connections do, or not at all."""
+    spine: Literal["doubling", "right", "none"] = "doubling"
+    """The stages whose last blocks spine credit passes on its way to the head: 1, 3, 7, .. on; the right parents; none."""
+    spine_share: float = 1.0
+    """Share of the stages, drawn anew each step, that receive spine credit; theirs is scaled up to make up for it."""
+    rim: float = 0.0
+    """Weight of the mean loss of the rim's paths, trained end to end beside the rule; keeps short paths accurate."""
     path: str | int | Sequence[int] | None = None
     """The path that chain states follow; by default the whole chain."""
     engine: Literal["auto", "loop", "batched"] = "auto"
@@ -55,20 +77,27 @@ class Rule:
             if get_origin(field.type) is Literal and getattr(self, field.name) not in get_args(field.type):
                 choices = ", ".join(get_args(field.type))
                 raise ValueError(f"{field.name} is one of {choices}; got {getattr(self, field.name)!r}")
-        for name in ("step", "variance", "label_variance"):
+        for name in ("step", "variance", "label_variance", "spine_share"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        for name in ("stage", "iterations"):
+        for name in ("stage", "iterations", "sweeps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.noise < 0:
-            raise ValueError(f"noise must not be negative; got {self.noise}")
+        for name in ("noise", "rim", "credit_sweeps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
+        if self.spine_share > 1:
+            raise ValueError(f"spine_share is at most 1; got {self.spine_share}")
         if self.inversion == "exact" and self.family != "gaussian":
             raise ValueError("the exact inversion is for Gaussian states; take inversion='taylor' for other families")
-        if self.states == "chain" and self.boundary == "posterior":
-            raise ValueError("chain states are priors, for a target needs states to its right: take boundary='prior'")
+        if self.boundary == "posterior" and (self.states, self.credit) != ("tree", "arcs"):
+            raise ValueError("posterior boundaries are targets of inverted arcs in the tree: take boundary='prior'")
         if self.credit == "exact" and self.states != "chain":
             raise ValueError("exact credit needs the states of the chain: take states='chain'")
+        if self.states == "stream" and self.credit != "spine":
+            raise ValueError("stream states hold a mini-batch per stage, so only credit='spine' suits them")
+        if self.scope == "tree" and (self.states in ("scan", "stream") or self.credit == "scan"):
+            raise ValueError("scan and stream states carry no gradient across stages: take scope='triplet'")
         if self.path is not None and not (self.states == "chain" and self.credit == "exact"):
             raise ValueError("a path other than the whole chain can be trained by states='chain', credit='exact' only")
 
@@ -76,9 +105,12 @@ class Rule:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "tree": {"boundary": "prior", "scope": "triplet"},
+    "scan": {"states": "scan", "boundary": "prior", "credit": "scan", "scope": "triplet"},
+    "stream": {"states": "stream", "boundary": "prior", "credit": "spine", "scope": "triplet"},
     "bp": {"states": "chain", "boundary": "prior", "credit": "exact", "scope": "tree"},
 }
-"""The named rules: HBLL as published, its variant without leaks from the label, and backpropagation."""
+"""The named rules: HBLL as published, its variant without leaks from the label, the two whose chain is accurate at full
+depth, and backpropagation."""
 
 
 def make_rule(name: str, options: dict[str, Any]) -> Rule:

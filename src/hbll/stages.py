@@ -54,6 +54,10 @@ class Stages:
             for i, s in enumerate(self.numbers, 1)
         ]
 
+    def of(self, block: int) -> int:
+        """The stage that holds a block."""
+        return next(i for i, numbers in enumerate(self.numbers, 1) if block in numbers)
+
     def depth(self, nodes: Iterable[int]) -> int:
         """The blocks of the longest of these stages: what evaluating them at once adds to the span."""
         return max(len(self.numbers[n - 1]) for n in nodes)

@@ -4,17 +4,33 @@ A states module is called with the trace and the credit module. It evaluates eve
 earlier node, and decides what boundary the next ones see.
 """
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hbll.blocks import stack
 from hbll.credit import Credit
+from hbll.guess import GUESSES
+from hbll.network import TreeNetwork
 from hbll.rule import Rule
+from hbll.scan import Coarse, correct, defect
+from hbll.stages import Stages
 from hbll.trace import Trace
 
-__all__ = ["STATES", "ChainStates", "TreeStates"]
+__all__ = ["STATES", "ChainStates", "ScanStates", "States", "StreamStates", "TreeStates"]
 
 
-class TreeStates(nn.Module):
+class States(nn.Module):
+    """What every states module offers."""
+
+    def prepare(self, network: TreeNetwork, stages: Stages) -> None:
+        """Makes the parameters that the states need for a network."""
+
+    def forward(self, trace: Trace, credit: Credit) -> None:
+        """Evaluates every stage once and adds the waves to the trace."""
+        raise NotImplementedError
+
+
+class TreeStates(States):
     """Level by level, every block on its left parent: log2 N sequential calls (arXiv 2606.21497, section 3).
 
     The boundary that children see is the *posterior* (the target, which contains the label: the paper) or the *prior*
@@ -42,7 +58,7 @@ class TreeStates(nn.Module):
                     trace.set_boundary(wave, prior, wave.depth)
 
 
-class ChainStates(nn.Module):
+class ChainStates(States):
     """One block after the other, as deployed: exact, N - 1 sequential calls.
 
     With exact credit the states carry one graph from end to end, along any path; otherwise each block learns by itself.
@@ -62,4 +78,104 @@ class ChainStates(nn.Module):
             trace.set_boundary(wave, outputs if self.rule.scope == "tree" else outputs.detach(), wave.depth)
 
 
-STATES: dict[str, type[nn.Module]] = {"tree": TreeStates, "chain": ChainStates}
+class ScanStates(States):
+    """All stages at once, on guesses of their inputs that parallel sweeps correct.
+
+    A sweep evaluates every stage on the guessed output of the one before and carries the disagreement on to all later
+    stages, along their skip connections, by a prefix sum. After as many sweeps as there are stages the states are the
+    chain's own; a few suffice where blocks are near the identity. The last sweep keeps its graph.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.coarse: Coarse = "identity" if rule.coarse == "skip" else None
+        self.guess = GUESSES[rule.guess](rule)
+
+    def prepare(self, network: TreeNetwork, stages: Stages) -> None:
+        self.guess.prepare(network, stages)
+
+    def forward(self, trace: Trace, credit: Credit) -> None:
+        states = self.sweep(trace, self.rule.sweeps - 1, self.rule.tolerance)
+        nodes = trace.stages.nodes
+        inputs = self._inputs(trace, states)
+        outputs = torch.empty_like(inputs)
+        for positions in trace.engine.partition(nodes):
+            group = tuple(nodes[p] for p in positions)
+            wave = trace.add_wave(group, tuple(n - 1 for n in group), inputs[positions], trace.clock)
+            outputs[positions] = wave.evaluation.outputs.detach()
+        corrected = correct(inputs, outputs, self.coarse)
+        trace.defect = defect(corrected, states)
+        trace.head_state = corrected[-1]
+        self.guess.learn(trace, corrected)
+
+    def sweep(self, trace: Trace, sweeps: int, tolerance: float | None) -> Tensor:
+        """The outputs h_1 .. h_S of all stages, (S, B, ...), after that many sweeps without graph from the guess."""
+        states = self.guess(trace)
+        for _ in range(sweeps):
+            inputs = self._inputs(trace, states)
+            last, states = states, correct(inputs, trace.sweep(inputs), self.coarse)
+            if tolerance is not None and defect(states, last) <= tolerance:
+                break
+        return states
+
+    @staticmethod
+    def _inputs(trace: Trace, states: Tensor) -> Tensor:
+        return torch.cat([trace.boundary[0].detach().unsqueeze(0), states[:-1]])
+
+
+class StreamStates(States):
+    """The chain's own states, pipelined over steps: each stage works on what the one before it left in the last step.
+
+    Every step feeds one new mini-batch and evaluates every stage once, all at once; stage n sees a batch n - 1 steps after
+    it came in. While the pipeline fills, stages without input skip the step. In evaluation mode the given batch passes
+    through all stages, one after the other, and the pipeline stays as it is.
+    """
+
+    inputs: Tensor | None
+    labels: Tensor | None
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        # What stage n - 1 left for stage n = 2, 3, ..: states (n - 1, B, ...) and their labels.
+        self.register_buffer("inputs", None)
+        self.register_buffer("labels", None)
+
+    def forward(self, trace: Trace, credit: Credit) -> None:
+        if not self.training:
+            for n in trace.stages.nodes:
+                (wave,) = trace.evaluate([n], [n - 1])
+                trace.set_boundary(wave, wave.evaluation.outputs.detach(), wave.depth)
+            return
+        waiting = 0 if self.inputs is None else len(self.inputs)
+        labels = trace.y.unsqueeze(0)
+        if self.inputs is not None:
+            if self.inputs[0].shape != trace.boundary[0].shape:
+                raise ValueError(
+                    f"stream needs batches of one size: states are {tuple(trace.boundary[0].shape)} now and were "
+                    f"{tuple(self.inputs[0].shape)} before; drop the last, short batch of an epoch"
+                )
+            for n, state in enumerate(self.inputs.unbind(0), 1):
+                trace.place(n, state)
+            labels = torch.cat([labels, self.labels])
+        active = trace.stages.nodes[: waiting + 1]
+        trace.evaluate(active, [n - 1 for n in active])
+        trace.labels = labels
+        kept = active[: len(trace.stages.nodes) - 1]  # the last stage's output has reached the head
+        if kept:
+            self.inputs = trace.outputs(active)[: len(kept)]
+            self.labels = labels[: len(kept)]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        for name in ("inputs", "labels"):  # their shapes are those of the batches in flight
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+STATES: dict[str, type[States]] = {
+    "tree": TreeStates,
+    "chain": ChainStates,
+    "scan": ScanStates,
+    "stream": StreamStates,
+}

@@ -46,18 +46,18 @@ class Correction:
     prior: (n, B, ...), the states a_n that their blocks computed.
     gradient: (n, B, ...), of the mean error in them.
     target: (n, B, ...), the posterior states.
-    error: (n,), the mean error of the right arc, in nats.
-    energy: state (n, B, ...) -> (n, B), each sample's own error of the right arc at another state.
     depth: the span at which gradient and target were there.
+    error: (n,), the mean error, in nats, that each node has for itself; NaN where it has none.
+    energy: state (n, B, ...) -> (n, B), each sample's own error at another state.
     """
 
     nodes: tuple[int, ...]
     prior: Tensor
     gradient: Tensor
     target: Tensor
-    error: Tensor
-    energy: Callable[[Tensor], Tensor]
     depth: int
+    error: Tensor
+    energy: Callable[[Tensor], Tensor] | None = None
 
 
 class _AttachGradients(torch.autograd.Function):
@@ -96,8 +96,13 @@ class Trace:
         tokens: tokens (pixels) of a state, 1 if it has features only.
         boundary: what the children of a node read, (B, ...), per node from 0 on.
         gradient, target: fields of the corrections, (B, ...), per corrected node.
-        terms: the losses so far, each with the nodes it belongs to.
+        terms: the losses so far, each with the nodes, or the name of the part beside them, that it belongs to.
         last: the last node of a path that was evaluated in one graph, and its state (B, ...).
+        labels: (n, B, ...), those of the first n nodes, where every node works on another mini-batch than the next.
+        head_state: (B, ...), the estimate of the last state that the head is to see, if it is not the last node's output.
+        defect: how far the last sweep still moved the states, relative to their norm.
+        pulls_back: whether credit pulls gradients back through waves; their inputs are then leaves.
+        clock: the span at which the last parallel sweep over all stages ended.
         observer: is shown every value that credit differentiates, with its nodes; for the locality audit.
         work, span: the cost so far.
     """
@@ -118,8 +123,13 @@ class Trace:
         self.target: dict[int, Tensor] = {}
         self.waves: list[Wave] = []
         self.corrections: list[Correction] = []
-        self.terms: list[tuple[tuple[int, ...], Tensor]] = []
+        self.terms: list[tuple[tuple[int, ...] | str, Tensor]] = []
         self.last: tuple[int, Tensor] | None = None
+        self.labels: Any = None
+        self.head_state: Tensor | None = None
+        self.defect: Tensor | None = None
+        self.pulls_back = False
+        self.clock = 0
         self.observer: Callable[[tuple[int, ...], Tensor], None] | None = None
         self.work = 0
         self.span = 0
@@ -148,12 +158,41 @@ class Trace:
     def add_wave(self, nodes: tuple[int, ...], parents: tuple[int, ...], inputs: Tensor, depth: int) -> Wave:
         """Evaluates the blocks of one group on inputs (n, B, ...) that were there at ``depth``."""
         depth += self.stages.depth(nodes)
+        if self.pulls_back:
+            inputs = inputs.detach().requires_grad_()
         wave = Wave(nodes, parents, inputs, self.engine(nodes, inputs), depth)
         self.count(self.stages.size(nodes), depth)
         self._outputs.update(zip(nodes, wave.evaluation.outputs.unbind(0), strict=True))
         self._depth["output"].update(dict.fromkeys(nodes, depth))
         self.waves.append(wave)
         return wave
+
+    def sweep(self, inputs: Tensor) -> Tensor:
+        """Evaluates all stages at once, without graph, on inputs (S, B, ...); returns the outputs, of that shape."""
+        outputs = torch.empty_like(inputs)
+        with torch.no_grad():
+            for positions in self.engine.partition(self.stages.nodes):
+                group = tuple(self.stages.nodes[p] for p in positions)
+                outputs[positions] = self.engine(group, inputs[positions]).outputs
+        self.clock += self.stages.depth(self.stages.nodes)
+        self.count(self.stages.size(self.stages.nodes), self.clock)
+        return outputs
+
+    def pull_back(self, credit: Tensor, depth: int) -> tuple[Tensor, int]:
+        """Pulls gradients at the outputs of all stages, (S, B, ...), there at ``depth``, back to their inputs.
+
+        Returns:
+            the gradients at the inputs, (S, B, ...), and the span at which they are there.
+        """
+        pulled = torch.empty_like(credit)
+        for wave in self.waves:
+            positions = [n - 1 for n in wave.nodes]
+            (pulled[positions],) = torch.autograd.grad(
+                wave.evaluation.outputs, wave.inputs, credit[positions], retain_graph=True
+            )
+        depth += self.stages.depth(self.stages.nodes)
+        self.count(self.stages.size(self.stages.nodes), depth)
+        return pulled, depth
 
     def evaluate_path(self, path: Path) -> None:
         """Evaluates blocks one after the other from node 0 on, in one graph, and counts the walk back through it."""
@@ -170,6 +209,11 @@ class Trace:
                 self.count(1, back)
             state = output
         self.last = path[-1], state
+
+    def place(self, node: int, state: Tensor) -> None:
+        """Lays down a state (B, ...) that the children of a node will read, and that was there from the start."""
+        self.boundary[node] = state
+        self._depth["boundary"][node] = 0
 
     def set_boundary(self, wave: Wave, boundary: Tensor, depth: int) -> None:
         """What the children of a wave's nodes will read, (n, B, ...), there at span ``depth``."""
@@ -210,7 +254,7 @@ class Trace:
             depth = max(depths) + self.stages.depth(wave.nodes)
             if wave.evaluation.parameters:
                 self.count(2 * blocks - len(wave.nodes), depth)
-            if wave.inputs.requires_grad:
+            if wave.inputs.requires_grad and not self.pulls_back:
                 self.count(len(wave.nodes) if wave.evaluation.parameters else blocks, depth)
                 for parent in wave.parents:
                     if self.boundary[parent].requires_grad:

@@ -1,0 +1,134 @@
+"""First guesses of the chain's states, which sweeps then correct: a running mean, or a predictor tree."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hbll.blocks import make_engine, stack
+from hbll.network import TreeNetwork
+from hbll.rule import Rule
+from hbll.stages import Stages
+from hbll.trace import Trace, attach_gradients, wide
+
+__all__ = ["GUESSES", "Guess", "MeanGuess", "TreeGuess"]
+
+
+class Guess(nn.Module):
+    """What every guess offers."""
+
+    def prepare(self, network: TreeNetwork, stages: Stages) -> None:
+        """Makes the parameters that the guess needs for a network."""
+
+    def forward(self, trace: Trace) -> Tensor:
+        """The guessed outputs h_1 .. h_S of all stages, (S, B, ...), without graph."""
+        raise NotImplementedError
+
+    def learn(self, trace: Trace, states: Tensor) -> None:
+        """Learns from the corrected outputs, (S, B, ...)."""
+        raise NotImplementedError
+
+
+class MeanGuess(Guess):
+    """A running mean, over steps, of what the stages add to the embedded input: the same for every sample."""
+
+    momentum = 0.1
+    """The weight of the newest batch, as in batch normalisation."""
+
+    mean: Tensor | None
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, trace: Trace) -> Tensor:
+        embedded = trace.boundary[0].detach()
+        if self.mean is None:
+            return embedded.expand(len(trace.stages.nodes), *embedded.shape)
+        return embedded + self.mean.unsqueeze(1)
+
+    def learn(self, trace: Trace, states: Tensor) -> None:
+        if self.training:
+            newest = (states - trace.boundary[0].detach()).mean(1)
+            self.mean = torch.lerp(self.mean if self.mean is not None else newest, newest, self.momentum)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        if prefix + "mean" in state_dict:  # its shape is that of the first batch's states
+            self.mean = torch.empty_like(state_dict[prefix + "mean"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TreeGuess(Guess):
+    """A binary tree over the borders of the stages whose nodes own a jump block each: T_n = jump_n(T_left(n)).
+
+    The jumps are extra parameters, used in training only, that learn to predict the corrected states by regression. By
+    default a jump is a copy of its stage's last block with fresh parameters.
+
+    Args:
+        rule: jumps, the user's own, one per stage.
+    """
+
+    largest_gradient = 1.0
+    """The norm to which the gradient of all jumps together is clipped."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.jumps = nn.ModuleList(rule.jumps)
+
+    def prepare(self, network: TreeNetwork, stages: Stages) -> None:
+        if not self.jumps:
+            self.jumps.extend(_fresh_copy(network.blocks[numbers[-1] - 1]) for numbers in stages.numbers)
+        if len(self.jumps) != len(stages.numbers):
+            raise ValueError(f"a predictor tree needs a jump per stage, {len(stages.numbers)}; got {len(self.jumps)}")
+        self.engine = make_engine(self.jumps, [f"jump {n}" for n in stages.nodes], self.rule.engine)
+
+    def forward(self, trace: Trace) -> Tensor:
+        if not self.jumps:
+            raise ValueError(
+                "the predictor tree has no jumps yet: call objective.prepare(network) before the optimizer is made"
+            )
+        found = {0: trace.boundary[0].detach()}
+        self._calls = []
+        for level, nodes in enumerate(trace.tree.levels, 1):
+            for group in self.engine.groups(nodes):
+                with torch.set_grad_enabled(self.training):
+                    evaluation = self.engine(group, stack([found[trace.tree.left(n)] for n in group]))
+                trace.count(len(group), level)
+                self._calls.append((group, evaluation))
+                found.update(zip(group, evaluation.outputs.detach().unbind(0), strict=True))
+        trace.clock = len(trace.tree.levels)
+        return torch.stack([found[n] for n in trace.stages.nodes])
+
+    def learn(self, trace: Trace, states: Tensor) -> None:
+        if not self.training:
+            return
+        errors = [
+            F.mse_loss(wide(evaluation.outputs), wide(_rows(states, group)), reduction="sum")
+            for group, evaluation in self._calls
+        ]
+        parameters = [p for _, evaluation in self._calls for p in evaluation.parameters]
+        error = torch.stack(errors).sum() / states.numel()
+        gradients = torch.autograd.grad(error, parameters, materialize_grads=True)
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        scale = (self.largest_gradient / norm.clamp_min(1e-12)).clamp(max=1.0)
+        trace.terms.append(("jumps", attach_gradients(error, parameters, [g * scale for g in gradients])))
+        trace.count(len(trace.stages.nodes), 0)  # products for parameters, long before the last sweep ends
+        self._calls = []
+
+
+def _rows(states: Tensor, nodes: Sequence[int]) -> Tensor:
+    return torch.stack([states[n - 1] for n in nodes])
+
+
+def _fresh_copy(block: nn.Module) -> nn.Module:
+    fresh = copy.deepcopy(block)
+    for module in fresh.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return fresh
+
+
+GUESSES: dict[str, type[Guess]] = {"mean": MeanGuess, "tree": TreeGuess}
