@@ -8,12 +8,13 @@ import contextlib
 import difflib
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
@@ -74,7 +75,7 @@ class CompareOptions(Generic[RecipeT]):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    run: Positional[Path]
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN"), Positional]
     """Folder of the run."""
 
     path: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
@@ -90,12 +91,12 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    folder: Positional[Path]
-    """Folder of a run or of a comparison."""
+    folder: Annotated[Path, tyro.conf.arg(metavar="FOLDER"), Positional]
+    """Of a run or of a comparison."""
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train a network: hbll train RECIPE [OPTIONS]"""
+    """RECIPE [OPTIONS]     train a network"""
     from hbll.training.console import train_shown
     from hbll.training.run import Run, open_run
 
@@ -112,7 +113,7 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Measure a run's network along paths of its tree: hbll evaluate RUN [OPTIONS]"""
+    """RUN [OPTIONS]        measure a run's network along paths of its tree"""
     from hbll.training.console import show_paths
     from hbll.training.evaluate import evaluate_run
 
@@ -125,7 +126,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def compare(arguments: Sequence[str]) -> None:
-    """Train methods side by side over seeds: hbll compare RECIPE [OPTIONS]"""
+    """RECIPE [OPTIONS]     train methods side by side, over several seeds"""
     from hbll.training.compare import Comparison, open_comparison
     from hbll.training.console import compare_shown, show_results
     from hbll.training.report import write_report
@@ -147,7 +148,7 @@ def compare(arguments: Sequence[str]) -> None:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Write the page of a run or a comparison: hbll report FOLDER"""
+    """FOLDER               write the page of a run or a comparison"""
     from hbll.training.report import write_report
 
     print(write_report(_parse(ReportOptions, arguments, "hbll report").folder))
@@ -173,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _dispatch(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        rows = [f"  {command.__doc__}" for command in COMMANDS.values()]
+        rows = [f"  hbll {name:9} {command.__doc__}" for name, command in COMMANDS.items()]
         print("usage: hbll COMMAND ...\n", *rows, "\n`hbll COMMAND --help` says more.", sep="\n")
         return
     COMMANDS[_known(arguments[0], COMMANDS, "command")](arguments[1:])
@@ -251,11 +252,19 @@ def _known(word: str, words: Iterable[str], what: str) -> str:
 
 
 def _sentence(box: str) -> str:
-    """The first paragraph of tyro's framed error."""
-    lines = [line.strip("│ ") for line in box.splitlines()]
-    text = [line for line in lines if not line.startswith("╭")]
-    first = next((number for number, line in enumerate(text) if not line.strip("─╰╯")), len(text))
-    return " ".join(text[:first])
+    """What tyro's framed error says first, without the words for programmers; frames are drawn in lines or in ASCII."""
+    paragraphs = [""]
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines():  # coloured on a terminal
+        text = line.strip(" │╰╯")
+        if line.startswith("╭") or not text.strip("─-"):
+            paragraphs.append("")
+        else:
+            paragraphs[-1] += f" {text}"
+    said = paragraphs[1].strip().removeprefix("Error parsing recipe: ")
+    if bad_value := re.match(r"Error parsing (--\S+): [^']*('[^']*')", said):
+        option, value = bad_value.groups()
+        return f"{option} cannot be {value}"
+    return said
 
 
 def _now() -> str:

@@ -1,8 +1,7 @@
 """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn bundles (UCI, Alpaydin & Kaynak 1998)."""
 
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from hbll.data.splits import Samples, Splits
 
@@ -17,6 +16,9 @@ def digits() -> Splits:
 
     The split is always the same, whatever the seed of a run, so that all runs are measured on the same samples.
     """
+    from sklearn.datasets import load_digits  # slow to import, and every command imports every recipe
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     train_images, test_images, train_labels, test_labels = train_test_split(
         images, labels, test_size=TEST_SAMPLES, stratify=labels, random_state=_SPLIT_SEED
@@ -24,5 +26,5 @@ def digits() -> Splits:
     return Splits(_samples(train_images, train_labels), _samples(test_images, test_labels))
 
 
-def _samples(images, labels) -> Samples:
+def _samples(images: np.ndarray, labels: np.ndarray) -> Samples:
     return Samples(torch.from_numpy(images / 16).float(), torch.from_numpy(labels).long())

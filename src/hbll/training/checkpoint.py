@@ -40,6 +40,8 @@ def load(file: Path) -> Nest:
 def _take_apart(part: Nest, place: str, tensors: dict[str, Tensor]) -> Nest:
     match part:
         case Tensor():
+            while place in tensors:  # {"a.b": ...} beside {"a": {"b": ...}}
+                place += "'"
             tensors[place] = part.detach().clone(memory_format=torch.contiguous_format)
             return {"tensor": place}
         case dict():

@@ -10,7 +10,7 @@ from typing import TypedDict
 from hbll.recipes import RECIPES, Recipe
 from hbll.training import metrics
 from hbll.training.device import device
-from hbll.training.evaluate import PathAccuracy
+from hbll.training.evaluate import PathAccuracy, path_accuracies
 from hbll.training.files import write_atomically
 from hbll.training.loop import train
 from hbll.training.memory import step_memory
@@ -138,10 +138,7 @@ def open_results(folder: Path) -> list[MethodResult]:
 def _result(comparison: Comparison, method: str) -> MethodResult:
     histories = [metrics.read(run.metrics_file) for run in comparison.runs(method)]
     ends = [history[-1] for history in histories]
-    paths = [
-        PathAccuracy(path=path, blocks=len(path.split("-")), accuracy=mean(end.accuracy[path] for end in ends))
-        for path in ends[0].accuracy
-    ]
+    shares = {path: mean(end.accuracy[path] for end in ends) for path in ends[0].accuracy}
     chains = [chain_accuracy(end) for end in ends]
     return MethodResult(
         method=method,
@@ -152,7 +149,7 @@ def _result(comparison: Comparison, method: str) -> MethodResult:
         work=ends[0].work,
         span=ends[0].span,
         memory=_memory(comparison, method),
-        paths=paths,
+        paths=path_accuracies(shares),
     )
 
 

@@ -9,11 +9,11 @@ from rich.table import Table
 
 from hbll.training import metrics
 from hbll.training.compare import Comparison, MethodResult, chain_accuracy, compare
-from hbll.training.evaluate import PathAccuracy
+from hbll.training.evaluate import PathAccuracy, path_accuracies
 from hbll.training.loop import Interrupted, train
 from hbll.training.metrics import Metrics
-from hbll.training.report import RESULT_COLUMNS, path_row, result_row
 from hbll.training.run import Run
+from hbll.training.tables import PATH_COLUMNS, RESULT_COLUMNS, path_row, result_row
 
 
 def train_shown(run: Run, *, resume: bool) -> None:
@@ -22,10 +22,9 @@ def train_shown(run: Run, *, resume: bool) -> None:
         bar = progress.add_task(f"{run.recipe.name}, {run.method}, seed {run.seed}", total=None)
 
         def on_epoch(line: Metrics) -> None:
-            progress.console.print(
-                f"epoch {line.epoch}/{run.recipe.epochs}  loss {line.loss:.4g}  chain {100 * chain_accuracy(line):.2f} %",
-                highlight=False,
-            )
+            accuracy = f"{100 * chain_accuracy(line):.2f} %"
+            text = f"epoch {line.epoch}/{run.recipe.epochs}  loss {line.loss:.4g}  chain {accuracy}"
+            progress.console.print(text, highlight=False)
 
         try:
             train(
@@ -36,10 +35,7 @@ def train_shown(run: Run, *, resume: bool) -> None:
             )
         except Interrupted:
             raise KeyboardInterrupt(_how_to_resume("train", run.recipe.name, run.folder)) from None
-    last = metrics.read(run.metrics_file)[-1]
-    show_paths(
-        PathAccuracy(path=path, blocks=len(path.split("-")), accuracy=share) for path, share in last.accuracy.items()
-    )
+    show_paths(path_accuracies(metrics.read(run.metrics_file)[-1].accuracy))
     print(f"run: {run.folder}")
 
 
@@ -77,7 +73,7 @@ def show_results(results: Iterable[MethodResult], page: Path) -> None:
 
 def show_paths(paths: Iterable[PathAccuracy]) -> None:
     """The table of accuracies by path."""
-    _show(["path", "blocks", "accuracy"], map(path_row, paths))
+    _show(PATH_COLUMNS, map(path_row, paths))
 
 
 def _show(columns: Iterable[str], rows: Iterable[list[str]]) -> None:

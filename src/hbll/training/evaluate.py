@@ -1,6 +1,6 @@
 """Accuracy of a network along the paths of its tree."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import TypedDict
@@ -44,7 +44,12 @@ def evaluate_run(folder: FilePath, names: Sequence[str] = (), data_dir: FilePath
     network = load_network(run).to(device())
     paths = [network.tree.parse(name) for name in names] or usual_paths(network)
     shares = accuracies(network, run.recipe.splits(run.data_dir).test.to(device()), paths)
-    return [PathAccuracy(path=format_path(p), blocks=len(p), accuracy=share) for p, share in shares.items()]
+    return path_accuracies({format_path(path): share for path, share in shares.items()})
+
+
+def path_accuracies(shares: Mapping[str, float]) -> list[PathAccuracy]:
+    """Accuracies by the names of paths, as records."""
+    return [PathAccuracy(path=path, blocks=path.count("-") + 1, accuracy=share) for path, share in shares.items()]
 
 
 def usual_paths(network: TreeNetwork) -> list[Path]:

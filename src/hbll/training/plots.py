@@ -5,6 +5,7 @@ A history is a run's metrics, epoch by epoch; `histories` has those of each meth
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 
 import matplotlib as mpl
 import numpy as np
@@ -43,7 +44,7 @@ def learning_curves(histories: Histories) -> str:
     with mpl.rc_context(_STYLE):
         figure = Figure((7.2, 4.0), layout="constrained")
         axes = figure.subplots()
-        for colour, (method, runs) in zip(_COLOURS, histories.items(), strict=False):
+        for colour, (method, runs) in zip(cycle(_COLOURS), histories.items(), strict=False):
             curves = 100 * np.array([[chain_accuracy(line) for line in run] for run in runs])
             epochs = [line.epoch for line in runs[0]]
             axes.plot(epochs, curves.mean(0), color=colour, label=method)
@@ -58,7 +59,7 @@ def accuracy_by_path(histories: Histories) -> str:
     with mpl.rc_context(_STYLE):
         figure = Figure((7.2, 4.0), layout="constrained")
         axes = figure.subplots()
-        styles = zip(_COLOURS, _MARKERS, histories.items(), strict=False)
+        styles = zip(cycle(_COLOURS), cycle(_MARKERS), histories.items(), strict=False)
         for colour, marker, (method, runs) in styles:
             paths = sorted(runs[0][-1].accuracy, key=_blocks)
             shares = 100 * np.array([[run[-1].accuracy[path] for path in paths] for run in runs])
@@ -78,7 +79,7 @@ def accuracy_by_path(histories: Histories) -> str:
 def corrections(histories: Histories) -> str | None:
     """Mean correction of each node over the epochs, a map for each method that corrects; None when none does."""
     maps = {method: _corrections(runs) for method, runs in histories.items()}
-    maps = {method: values for method, values in maps.items() if np.isfinite(values).any()}
+    maps = {method: values for method, values in maps.items() if (values > 0).any()}
     if not maps:
         return None
     positive = [values[values > 0] for values in maps.values()]

@@ -1,5 +1,6 @@
 """One self-contained HTML page about a run or a comparison."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -7,10 +8,11 @@ from string import Template
 
 from hbll.recipes import Recipe, flag
 from hbll.training import metrics, plots
-from hbll.training.compare import FILE, MethodResult, open_comparison, open_results
-from hbll.training.evaluate import PathAccuracy
+from hbll.training.compare import FILE, open_comparison, open_results
+from hbll.training.evaluate import path_accuracies
 from hbll.training.files import write_atomically
 from hbll.training.run import open_run
+from hbll.training.tables import PATH_COLUMNS, RESULT_COLUMNS, path_row, result_row
 
 _PAGE = Template(
     """<!doctype html>
@@ -62,7 +64,10 @@ def _comparison_page(folder: Path) -> str:
     return _page(
         title=f"{comparison.recipe.name}: {', '.join(comparison.methods)}",
         summary=f"{_network(comparison.recipe)} {_seeds(comparison.seeds)}",
-        sections=[_section("Results", _RESULTS_TEXT, _results_table(results)), *_figures(histories)],
+        sections=[
+            _section("Results", _RESULTS_TEXT, _table(RESULT_COLUMNS, map(result_row, results))),
+            *_figures(histories),
+        ],
         recipe=comparison.recipe,
     )
 
@@ -74,21 +79,21 @@ def _run_page(folder: Path) -> str:
         raise ValueError(f"the run in {folder} has not finished an epoch yet")
     last = history[-1]
     text = f"Share of the test samples classified correctly after epoch {last.epoch} of {run.recipe.epochs}."
-    paths = [
-        PathAccuracy(path=path, blocks=len(path.split("-")), accuracy=share) for path, share in last.accuracy.items()
-    ]
     return _page(
         title=f"{run.recipe.name}, method {run.method}",
         summary=f"{_network(run.recipe)} Seed {run.seed}.",
-        sections=[_section("Accuracy", text, _paths_table(paths)), *_figures({run.method: [history]})],
+        sections=[
+            _section("Accuracy", text, _table(PATH_COLUMNS, map(path_row, path_accuracies(last.accuracy)))),
+            *_figures({run.method: [history]}),
+        ],
         recipe=run.recipe,
     )
 
 
 _RESULTS_TEXT = (
-    "Accuracy of the chain of all blocks on the test samples after the last epoch, with its standard deviation over the "
-    "seeds; time of a run's training steps; work and span of a step in block evaluations; and the most memory a step "
-    "held beyond weights, optimizer and batch."
+    "Accuracy of the chain of all blocks on the test samples after the last epoch, with its standard deviation over "
+    "the seeds; time of a run's training steps; work and span of a step in block evaluations; and the most memory a "
+    "step held beyond weights, optimizer and batch."
 )
 
 
@@ -129,37 +134,7 @@ def _section(heading: str, text: str, content: str) -> str:
     return f'<section><h2>{heading}</h2><p>{text}</p><div class="wide">{content}</div></section>'
 
 
-def _results_table(results: list[MethodResult]) -> str:
-    return _table(RESULT_COLUMNS, [result_row(result) for result in results])
-
-
-def _paths_table(paths: list[PathAccuracy]) -> str:
-    return _table(["path", "blocks", "accuracy"], [path_row(path) for path in paths])
-
-
-RESULT_COLUMNS = ["method", "accuracy", "spread", "seconds", "work", "span", "peak memory"]
-
-
-def result_row(result: MethodResult) -> list[str]:
-    """A method's results as people read them, under RESULT_COLUMNS."""
-    spread = "" if result["spread"] is None else f"± {100 * result['spread']:.2f}"
-    return [
-        result["method"],
-        f"{100 * result['accuracy']:.2f} %",
-        spread,
-        f"{result['seconds']:.1f}",
-        str(result["work"]),
-        str(result["span"]),
-        f"{result['memory'] / 2**20:.2f} MiB",
-    ]
-
-
-def path_row(path: PathAccuracy) -> list[str]:
-    """A path's accuracy as people read it: path, blocks, accuracy."""
-    return [path["path"], str(path["blocks"]), f"{100 * path['accuracy']:.2f} %"]
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
+def _table(columns: Iterable[str], rows: Iterable[list[str]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -50,7 +50,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def write_configuration(self, device: torch.device, engine: str) -> None:
-        """Writes what was run, and with what: the folder is a run's from then on."""
+        """Writes what is run, and with what: the folder is a run's from then on."""
         configuration = {
             "recipe": self.recipe.name,
             "method": self.method,
@@ -97,11 +97,11 @@ def check_same(stored: Run, wanted: Run) -> None:
     """
     if wanted.recipe.name != stored.recipe.name:
         raise ValueError(f"{stored.folder} holds a run of {stored.recipe.name}, not of {wanted.recipe.name}")
+    longer = wanted.recipe.schedule == "constant" and wanted.recipe.epochs > stored.recipe.epochs
     before = asdict(stored.recipe) | {"method": stored.method, "seed": stored.seed}
     now = asdict(wanted.recipe) | {"method": wanted.method, "seed": wanted.seed}
     for option, value in now.items():
-        longer = option == "epochs" and value > before[option] and stored.recipe.schedule == "constant"
-        if value != before[option] and not longer:
+        if value != before[option] and not (option == "epochs" and longer):
             raise ValueError(
                 f"{stored.folder} was trained with {flag(option)} {before[option]}, not {value}: "
                 "a run is resumed as it was begun; start another with another --run-dir"

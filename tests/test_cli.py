@@ -1,0 +1,224 @@
+"""The commands as a user calls them. Expected texts are those a user reads."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hbll import cli
+
+SMALL = ["--blocks", "3", "--width", "16", "--epochs", "2", "--train-samples", "300"]
+
+
+@pytest.fixture
+def hbll(capsys, monkeypatch, tmp_path):
+    """Runs a command in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        code = 0
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    cli.main(["train", "digits", *SMALL, "--method", "bp", "--seed", "5", "--run-dir", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], ["train", "evaluate", "compare", "report"]),
+        (["--help"], ["train", "evaluate", "compare", "report"]),
+        (["train", "--help"], ["digits", "mnist-mlp"]),
+        (["compare", "--help"], ["digits", "mnist-mlp"]),
+        (["train", "digits", "--help"], ["--depth", "--method", "--resume", "--batch-size"]),
+        (["compare", "mnist-mlp", "--help"], ["--depth", "--methods", "--seeds", "--json"]),
+        (["evaluate", "--help"], ["--path", "--json"]),
+        (["report", "--help"], ["FOLDER"]),
+    ],
+)
+def test_help(hbll, arguments, said):
+    code, out, err = hbll(*arguments)
+    assert code == 0
+    assert err == ""
+    assert all(word in out for word in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("trian", "unknown command trian; did you mean train?"),
+        ("train", "hbll train needs the name of a recipe first: digits, mnist-mlp"),
+        ("train --width 3 digits", "hbll train needs the name of a recipe first: digits, mnist-mlp"),
+        ("train digit", "unknown recipe digit; did you mean digits?"),
+        ("train digits --widht 3", "unknown option --widht; did you mean --width?"),
+        ("train digits --widht=3", "unknown option --widht; did you mean --width?"),
+        ("train digits --method papr", "unknown rule 'papr'; did you mean paper?"),
+        ("compare digits --methods papr", "unknown rule 'papr'; did you mean paper?"),
+        ("train digits --width wide", "--width cannot be 'wide'"),
+        ("train digits --depth deep", "--depth cannot be 'deep'"),
+        ("train digits --depth 0", "--depth must be at least 1, not 0"),
+        ("train digits --depth 2 --blocks 3", "give --depth or --blocks, not both"),
+        ("train digits --epochs", "Missing value for argument '--epochs'. Expected 1 values."),
+        ("train digits deep", "hbll train digits does not know what to do with deep"),
+        ("train digits --train-samples 9999", "--train-samples 9999 is more than the 1437 there are"),
+        ("train digits --resume", "--resume needs --run-dir, the folder to go on in"),
+        ("train digits --resume --run-dir no", "no is not the folder of a run: it has no configuration.json"),
+        ("compare digits --resume --run-dir no", "no is not the folder of a comparison: it has no comparison.json"),
+        ("evaluate no", "no is not the folder of a run: it has no configuration.json"),
+        ("report no", "no is not the folder of a run: it has no configuration.json"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(hbll, arguments, sentence):
+    assert hbll(*arguments.split()) == (2, "", f"hbll: {sentence}\n")
+    assert not list(Path().iterdir())
+
+
+def test_a_choice_that_is_none_names_the_choices(hbll):
+    code, out, err = hbll("train", "digits", "--schedule", "cosin")
+    assert (code, out) == (2, "")
+    assert "'cosin'" in err
+    assert "'cosine'" in err
+
+
+@pytest.mark.parametrize(
+    "settings", [{"PYTHONIOENCODING": "utf-8"}, {"PYTHONIOENCODING": "ascii"}, {"FORCE_COLOR": "1"}]
+)
+def test_a_mistake_is_told_alike_in_every_terminal(tmp_path, settings):
+    command = [sys.executable, "-m", "hbll", "train", "digits", "--width", "0"]
+    process = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr == "hbll: --width must be at least 1, not 0\n"
+
+
+def test_missing_data_are_told_in_one_sentence(hbll, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    code, out, err = hbll("train", "mnist-mlp", "--data-dir", tmp_path)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"hbll: MNIST is not under .*\n", err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_shows_the_accuracy_of_every_path_and_where_the_run_lies(hbll):
+    code, out, err = hbll("train", "digits", *SMALL)
+    assert code == 0
+    (folder,) = Path("runs").iterdir()
+    assert re.fullmatch(r"digits-paper-s0-\d{8}-\d{6}", folder.name)
+    assert out.splitlines()[-1] == f"run: {folder}"
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["1-2-3", "2", "2-3"]
+    assert "epoch 2/2" in err
+
+
+def test_evaluate_prints_one_json_object_and_nothing_else(hbll, trained):
+    code, out, err = hbll("evaluate", trained, "--json")
+    paths = json.loads(out)["paths"]
+    assert (code, err) == (0, "")
+    assert [(path["path"], path["blocks"]) for path in paths] == [("1-2-3", 3), ("2", 1), ("2-3", 2)]
+    assert all(0 <= path["accuracy"] <= 1 for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "paths"),
+    [
+        (["--path", "2-3"], ["2-3"]),
+        (["--path", "2-3", "chain"], ["2-3", "1-2-3"]),
+        (["--path", "2-3", "--path", "2"], ["2-3", "2"]),
+        (["--path", "rim"], ["2-3"]),
+    ],
+)
+def test_evaluate_takes_paths_by_name(hbll, trained, arguments, paths):
+    _, out, _ = hbll("evaluate", trained, "--json", *arguments)
+    assert [path["path"] for path in json.loads(out)["paths"]] == paths
+
+
+def test_evaluate_has_a_table_for_people(hbll, trained):
+    code, out, _ = hbll("evaluate", trained)
+    assert code == 0
+    assert out.splitlines()[0].split() == ["path", "blocks", "accuracy"]
+    assert re.fullmatch(r"1-2-3 +3 +\d\d\.\d\d %", out.splitlines()[1].strip())
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("1-3", "1-3 is not a path"), ("2-9", "2-9 is not a path"), ("short", "'short' is not a path")]
+)
+def test_what_is_no_path_is_told(hbll, trained, path, said):
+    code, out, err = hbll("evaluate", trained, "--path", path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"hbll: {said}")
+    assert err.count("\n") == 1
+
+
+def test_resuming_takes_the_options_of_the_run(hbll, trained):
+    code, out, _ = hbll("train", "digits", "--run-dir", trained, "--resume")
+    assert code == 0
+    assert f"run: {trained}" in out
+    assert hbll("train", "digits", "--run-dir", trained, "--resume", "--width", "32") == (
+        2,
+        "",
+        f"hbll: {trained} was trained with --width 16, not 32: a run is resumed as it was begun; "
+        "start another with another --run-dir\n",
+    )
+    assert "--seed 5, not 6" in hbll("train", "digits", "--run-dir", trained, "--resume", "--seed", "6")[2]
+    assert "was begun with the recipe digits" in hbll("train", "mnist-mlp", "--run-dir", trained, "--resume")[2]
+
+
+def test_a_run_is_not_trained_over(hbll, trained):
+    code, _, err = hbll("train", "digits", "--run-dir", trained)
+    assert code == 2
+    assert "holds a run already: give --resume" in err
+
+
+def test_a_run_that_diverges_names_the_node(hbll):
+    code, out, err = hbll("train", "digits", *SMALL, "--learning-rate", "1e30", "--run-dir", "run")
+    assert (code, out) == (2, "")
+    assert re.search(r"NaN or infinite in step 2 of epoch 1, first at node \d; the last good checkpoint is kept", err)
+    assert hbll("evaluate", "run", "--json")[0] == 0
+
+
+def test_report_says_where_the_page_is(hbll, trained):
+    assert hbll("report", trained) == (0, f"{trained / 'report.html'}\n", "")
+
+
+def test_compare_prints_one_json_object_and_nothing_else(hbll):
+    arguments = ["compare", "digits", *SMALL, "--methods", "bp", "tree", "--seeds", "2", "--run-dir", "made"]
+    code, out, err = hbll(*arguments, "--json")
+    methods = json.loads(out)["methods"]
+    assert (code, err) == (0, "")
+    assert [method["method"] for method in methods] == ["bp", "tree"]
+    assert all(0 <= method["accuracy"] <= 1 for method in methods)
+    assert (Path("made") / "report.html").exists()
+
+    code, out, _ = hbll("compare", "digits", "--run-dir", "made", "--resume")
+    assert code == 0
+    assert out.splitlines()[0].split() == ["method", "accuracy", "spread", "seconds", "work", "span", "peak", "memory"]
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["bp", "tree"]
+    assert out.splitlines()[-1] == "page: made/report.html"
+    assert json.loads(hbll("evaluate", "made/bp-s1", "--json")[1])["paths"]
+
+
+def test_ctrl_c_saves_the_run_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "hbll", "train", "digits", "--epochs", "100000", "--run-dir", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline().startswith("epoch 1/100000")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "hbll: stopped and saved; `hbll train digits --run-dir run --resume` goes on"
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()

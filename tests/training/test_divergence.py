@@ -1,0 +1,43 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from hbll import Tree, TreeNetwork
+from hbll.training.divergence import all_finite, place_in_loss, place_in_weights
+
+NAN = float("nan")
+
+
+@dataclass
+class Report:
+    error: float = 0.0
+    cosine: float | None = None
+
+
+@pytest.fixture
+def network():
+    return TreeNetwork(embed=nn.Linear(2, 2), blocks=[nn.Linear(2, 2) for _ in range(7)], head=nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("bad", "place"),
+    [((1, 4, 7), "node 4"), ((1, 2, 6), "node 2"), ((7, 5), "node 5"), ((3,), "node 3"), ((), "the head")],
+)
+def test_the_first_bad_node_is_the_first_that_was_walked(bad, place):
+    reports = {node: Report(NAN if node in bad else 1.0) for node in range(1, 8)}
+    assert place_in_loss(Tree(8), reports) == place
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+@pytest.mark.parametrize(
+    ("parameter", "place"), [("embed.bias", "the embed"), ("blocks.4.weight", "node 5"), ("head.weight", "the head")]
+)
+def test_a_bad_weight_is_found(network, value, parameter, place):
+    assert all_finite(network)
+    assert place_in_weights(network) is None
+    with torch.no_grad():
+        network.get_parameter(parameter).view(-1)[-1] = value
+    assert not all_finite(network)
+    assert place_in_weights(network) == place

@@ -1,0 +1,231 @@
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hbll.objective import Objective
+from hbll.recipes import RECIPES
+from hbll.training import checkpoint, metrics
+from hbll.training.loop import Interrupted, train
+from hbll.training.run import Run, open_run
+
+Digits = RECIPES["digits"]
+SMALL = Digits(blocks=3, width=8, epochs=3, train_samples=300)  # five steps an epoch, the last of 44 samples
+
+
+class Noisy(Digits):
+    """Digits with a rule that draws random numbers in every step."""
+
+    def objective(self, method):
+        return Objective(method, noise=0.1)
+
+
+class Poisoned(Digits):
+    """Digits in which one training sample is not a number."""
+
+    def load(self, data_dir):
+        splits = super().load(data_dir)
+        splits.train.inputs[70, 3] = float("nan")
+        return splits
+
+
+def run_in(folder, recipe=SMALL, method="paper", seed=0):
+    return Run(recipe=recipe, method=method, seed=seed, folder=folder)
+
+
+def outcome(run):
+    """All that a run leaves behind but the time it took."""
+    state = checkpoint.load(run.checkpoint_file)
+    lines = [replace(line, seconds=0.0) for line in metrics.read(run.metrics_file)]
+    weights = {name: tensor.tolist() for name, tensor in state["network"].items()}
+    moments = {
+        (index, name): tensor.tolist()
+        for index, moment in state["optimizer"]["state"].items()
+        for name, tensor in moment.items()
+    }
+    rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
+    return weights, moments, rates, state["random"].tolist(), lines
+
+
+def stop_at(step, how):
+    """An `on_step` that stops the run before that step, counted from the beginning of the run."""
+
+    def on_step(done, steps):
+        if done == step:
+            how()
+
+    return on_step
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def be_killed():
+    raise SystemError
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    [
+        (SMALL, "paper"),
+        (SMALL, "tree"),
+        (replace(SMALL, schedule="cosine"), "bp"),
+        (replace(SMALL, schedule="linear"), "paper"),
+        (Noisy(**vars(SMALL)), "paper"),
+    ],
+)
+@pytest.mark.parametrize("step", [0, 3, 5, 12])
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, step):
+    whole, stopped = run_in(tmp_path / "whole", recipe, method), run_in(tmp_path / "stopped", recipe, method)
+    train(whole)
+    with pytest.raises(Interrupted):
+        train(stopped, on_step=stop_at(step, press_ctrl_c))
+    torch.manual_seed(99)  # another process would have other random numbers
+    train(stopped, resume=True)
+    assert outcome(stopped) == outcome(whole)
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path):
+    whole, killed = run_in(tmp_path / "whole"), run_in(tmp_path / "killed")
+    train(whole)
+    with pytest.raises(SystemError):
+        train(killed, on_step=stop_at(8, be_killed))
+    assert checkpoint.load(killed.checkpoint_file)["epoch"] == 1
+    train(killed, resume=True)
+    assert outcome(killed) == outcome(whole)
+
+
+def test_a_line_written_before_its_checkpoint_is_written_once(tmp_path):
+    run = run_in(tmp_path)
+    with pytest.raises(Interrupted):
+        train(run, on_step=stop_at(7, press_ctrl_c))
+    (line,) = metrics.read(run.metrics_file)
+    metrics.append(run.metrics_file, replace(line, epoch=2))
+    train(run, resume=True)
+    assert [line.epoch for line in metrics.read(run.metrics_file)] == [1, 2, 3]
+
+
+def test_a_run_with_a_constant_rate_can_be_prolonged(tmp_path):
+    whole, prolonged = run_in(tmp_path / "whole"), run_in(tmp_path / "prolonged", replace(SMALL, epochs=1))
+    train(whole)
+    train(prolonged)
+    train(replace(prolonged, recipe=SMALL), resume=True)
+    assert outcome(prolonged) == outcome(whole)
+    assert open_run(tmp_path / "prolonged").recipe == SMALL
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    run = run_in(tmp_path)
+    train(run)
+    before = outcome(run)
+    train(run, resume=True)
+    assert outcome(run) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "option"),
+    [
+        ({"width": 16}, "--width 8, not 16"),
+        ({"learning_rate": 0.1}, "--learning-rate 0.001, not 0.1"),
+        ({"epochs": 2}, "--epochs 3, not 2"),
+        ({"schedule": "cosine"}, "--schedule constant, not cosine"),
+        ({"schedule": "cosine", "epochs": 5}, "--epochs 3, not 5"),
+    ],
+)
+def test_a_run_is_resumed_as_it_was_begun(tmp_path, change, option):
+    train(run_in(tmp_path, replace(SMALL, epochs=3)))
+    with pytest.raises(ValueError, match=option):
+        train(run_in(tmp_path, replace(SMALL, **change)), resume=True)
+
+
+def test_the_method_and_the_seed_belong_to_a_run(tmp_path):
+    train(run_in(tmp_path))
+    with pytest.raises(ValueError, match="--method paper, not bp"):
+        train(run_in(tmp_path, method="bp"), resume=True)
+    with pytest.raises(ValueError, match="--seed 0, not 1"):
+        train(run_in(tmp_path, seed=1), resume=True)
+
+
+def test_a_run_is_never_trained_over(tmp_path):
+    train(run_in(tmp_path))
+    before = outcome(run_in(tmp_path))
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(run_in(tmp_path))
+    assert outcome(run_in(tmp_path)) == before
+
+
+def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        train(run_in(tmp_path), resume=True)
+
+
+def test_the_configuration_says_what_was_run_and_with_what(tmp_path):
+    run = run_in(tmp_path)
+    train(run)
+    configuration = json.loads(run.configuration_file.read_text())
+    assert configuration["recipe"] == "digits"
+    assert configuration["options"]["train_samples"] == 300
+    assert configuration["block_count"] == 3
+    assert configuration["versions"]["torch"] == torch.__version__
+    assert configuration["engine"] in ("loop", "batched")
+    assert open_run(tmp_path) == run
+
+
+def test_every_epoch_is_measured(tmp_path):
+    run = run_in(tmp_path, method="bp")
+    heard = []
+    train(run, on_epoch=heard.append)
+    lines = metrics.read(run.metrics_file)
+    assert lines == heard
+    assert [line.epoch for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert list(line.accuracy) == ["1-2-3", "2", "2-3"]
+        assert (line.work, line.span) == (9, 6)  # backpropagation on three blocks: 3 (N - 1) and 2 (N - 1)
+        assert line.seconds > 0
+        assert line.learning_rate == 1e-3
+    assert lines[-1].loss < lines[0].loss
+
+
+def test_the_mean_loss_of_the_first_step_is_that_of_a_guess(tmp_path):
+    # One step on everything: its loss is the untrained network's.
+    recipe = replace(SMALL, epochs=1, batch_size=300)
+    run = run_in(tmp_path, recipe, "bp")
+    train(run)
+    network, samples = recipe.initial_network(0), recipe.splits(None).train
+    loss = torch.nn.functional.cross_entropy(network(samples.inputs), samples.labels).item()
+    assert metrics.read(run.metrics_file)[0].loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_seeds_differ_in_their_order_and_epochs_too(tmp_path):
+    # With a rate that changes nothing, a difference in the losses is one in the order of the samples.
+    recipe = replace(SMALL, learning_rate=1e-30, weight_decay=0.0, batch_size=256)
+    run = run_in(tmp_path, recipe, "bp")
+    train(run)
+    losses = [line.loss for line in metrics.read(run.metrics_file)]
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("method", ["paper", "tree", "bp"])
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, method):
+    run = run_in(tmp_path, Poisoned(**vars(SMALL)), method)
+    with pytest.raises(ValueError, match=r"NaN or infinite in step \d of epoch 1, first at node \d"):
+        train(run)
+    state = checkpoint.load(run.checkpoint_file)
+    assert (state["epoch"], state["position"]) == (0, 0)
+    assert all(tensor.isfinite().all() for tensor in state["network"].values())
+    assert metrics.read(run.metrics_file) == []
+
+
+def test_a_run_that_diverges_later_keeps_the_epochs_it_had(tmp_path):
+    run = run_in(tmp_path)
+    train(replace(run, recipe=replace(SMALL, epochs=1)))
+    state = checkpoint.load(run.checkpoint_file)
+    state["network"]["blocks.1.linear.weight"].fill_(3e38)  # finite, unlike what it makes of any state
+    checkpoint.save(run.checkpoint_file, state)
+    with pytest.raises(ValueError, match="in step 1 of epoch 2, first at node 2; the last good checkpoint is kept"):
+        train(run, resume=True)
+    assert checkpoint.load(run.checkpoint_file)["epoch"] == 1
+    assert len(metrics.read(run.metrics_file)) == 1
