@@ -303,16 +303,25 @@ def label_errors(trace: Trace, prediction: Any, y: Any, nodes: int) -> Errors:
 
     A loss of one value per sample counts for all of the state's tokens: the label would vanish beside the right
     neighbours' errors, of which every token has its own.
+
+    Raises:
+        ValueError: the loss is one number for the whole batch.
     """
     returned = trace.rule.loss(prediction, y)
     values, weights = returned if isinstance(returned, tuple) else (returned, None)
+    if values.ndim == 0:
+        raise ValueError(
+            "the loss must return one value per sample, not their mean: torch's losses take reduction='none'"
+        )
     values = (wide(values) / trace.rule.label_variance).unflatten(0, (nodes, -1))
+    labels = values[0, 0].numel()  # of a sample; as a rule one, or one per token
     if weights is None:
         count: Tensor | int = values[0].numel()
+        factor: Tensor | int = values.shape[1] * trace.tokens
     else:
         weights = weights.unflatten(0, (nodes, -1))
         values, count = values * weights, weights.flatten(1).sum(1)
-    factor = count if values.ndim > 2 else count * trace.tokens
+        factor = count * trace.tokens / labels
     return Errors(values.flatten(1).sum(1) / count, trace.per_sample(values), factor)
 
 

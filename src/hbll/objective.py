@@ -214,12 +214,18 @@ class Objective(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Stages are found again from the network; a copy of the objective must not copy the network's blocks with them.
-        return {**self.__dict__, "_stages": WeakKeyDictionary()}
+        return {name: value for name, value in self.__dict__.items() if name != "_stages"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stages = WeakKeyDictionary()
 
     def _cosines(self, network: TreeNetwork, step: Step, x: Any, y: Any) -> dict[int, float]:
         exact = Objective("bp", loss=self.rule.loss, engine="loop")(network, x, y)
         owned = [list(block.parameters()) for block in network.blocks]
         flat = [p for block in owned for p in block if p.requires_grad]
+        if not flat:
+            return {}
         ours = dict(zip(flat, torch.autograd.grad(step.loss, flat, materialize_grads=True), strict=True))
         theirs = dict(zip(flat, torch.autograd.grad(exact.loss, flat, materialize_grads=True), strict=True))
         cosines = {}
