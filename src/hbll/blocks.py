@@ -7,6 +7,7 @@ width; gradients flow back into the blocks' own parameters. Both give the same n
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = ["BatchedEngine", "Engine", "Evaluation", "LoopEngine", "make_engine", "stack"]
 
@@ -140,7 +142,8 @@ def record_batched(
         return vmap(call, randomness="different")(tensors[:-1], tensors[-1])
 
     try:
-        graph = make_fx(batched)(*(p.detach() for p in stacked), inputs.detach())
+        with _attention(inputs.device.type):
+            graph = make_fx(batched)(*(p.detach() for p in stacked), inputs.detach())
     except RuntimeError as error:
         raise ValueError(
             f"blocks of type {type(block).__name__} cannot be stacked in one call ({str(error).splitlines()[0]})"
@@ -181,10 +184,16 @@ def _same_gradients(
     with torch.random.fork_rng(devices), torch.enable_grad():
         first = results(recorded)
         try:
-            second = results(original)
+            with _attention(tensors[-1].device.type):
+                second = results(original)
         except RuntimeError:  # fused operations that vmap leaves without a derivative, but a recording takes apart
             return True
     return len(first) == len(second) and all(map(close, first, second))
+
+
+def _attention(device: str) -> AbstractContextManager[object]:
+    # The CPU's fused attention is one that vmap can only loop over, with a warning, and has no second derivative.
+    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
 
 
 def _changes_nothing(node: torch.fx.Node) -> bool:
