@@ -51,6 +51,8 @@ def trained(tmp_path_factory):
         (["compare", "mnist-mlp", "--help"], ["--depth", "--methods", "--seeds", "--json"]),
         (["evaluate", "--help"], ["--path", "--json"]),
         (["report", "--help"], ["FOLDER"]),
+        (["sublinear", "--help"], ["bench", "fit"]),
+        (["sublinear", "fit", "--help"], ["--data", "--target"]),
     ],
 )
 def test_help(hbll, arguments, said):
@@ -78,6 +80,10 @@ def test_help(hbll, arguments, said):
         ("train digits --epochs", "Missing value for argument '--epochs'. Expected 1 values."),
         ("train digits deep", "hbll train digits does not know what to do with deep"),
         ("train digits --train-samples 9999", "--train-samples 9999 is more than the 1437 there are"),
+        ("sublinear", "hbll sublinear needs an action first: bench, fit"),
+        ("sublinear bensh", "unknown action bensh; did you mean bench?"),
+        ("sublinear bench --widht 8", "unknown option --widht; did you mean --width?"),
+        ("sublinear fit --data no.csv --target y", "no.csv is not a file"),
         ("train digits --resume", "--resume needs --run-dir, the folder to go on in"),
         ("train digits --resume --run-dir no", "no is not the folder of a run: it has no configuration.json"),
         ("compare digits --resume --run-dir no", "no is not the folder of a comparison: it has no comparison.json"),
@@ -210,6 +216,14 @@ def test_compare_prints_one_json_object_and_nothing_else(hbll):
     assert [line.split()[0] for line in out.splitlines()[1:3]] == ["bp", "tree"]
     assert out.splitlines()[-1] == "page: made/report.html"
     assert json.loads(hbll("evaluate", "made/bp-s1", "--json")[1])["paths"]
+
+
+def test_a_missing_extra_is_told_with_what_to_install(hbll, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("hbll.sublinear.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    sentence = 'hbll: hbll sublinear needs numba: pip install "hbll[sublinear]"\n'
+    assert hbll("sublinear", "bench", "--width", "64") == (2, "", sentence)
 
 
 def test_ctrl_c_saves_the_run_and_says_how_to_go_on(tmp_path):

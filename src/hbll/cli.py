@@ -1,4 +1,4 @@
-"""The command line: `hbll train | evaluate | compare | report`.
+"""The command line: `hbll train | evaluate | compare | report | sublinear`.
 
 Parsing is tyro's, from the option classes below; a recipe's own options come flat among them. What a command needs is
 imported when it runs, so that `hbll --help` answers at once. Results go to stdout, progress and errors to stderr.
@@ -96,7 +96,7 @@ class ReportOptions:
 
 
 def train(arguments: Sequence[str]) -> None:
-    """RECIPE [OPTIONS]     train a network"""
+    """RECIPE [OPTIONS]      train a network"""
     from hbll.training.console import train_shown
     from hbll.training.run import Run, open_run
 
@@ -113,7 +113,7 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """RUN [OPTIONS]        measure a run's network along paths of its tree"""
+    """RUN [OPTIONS]         measure a run's network along paths of its tree"""
     from hbll.training.console import show_paths
     from hbll.training.evaluate import evaluate_run
 
@@ -126,7 +126,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def compare(arguments: Sequence[str]) -> None:
-    """RECIPE [OPTIONS]     train methods side by side, over several seeds"""
+    """RECIPE [OPTIONS]      train methods side by side, over several seeds"""
     from hbll.training.compare import Comparison, open_comparison
     from hbll.training.console import compare_shown, show_results
     from hbll.training.report import write_report
@@ -148,14 +148,33 @@ def compare(arguments: Sequence[str]) -> None:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """FOLDER               write the page of a run or a comparison"""
+    """FOLDER                write the page of a run or a comparison"""
     from hbll.training.report import write_report
 
     print(write_report(_parse(ReportOptions, arguments, "hbll report").folder))
 
 
+def sublinear(arguments: Sequence[str]) -> None:
+    """bench|fit [OPTIONS]   train wide networks in time that does not grow with their weights"""
+    from hbll.sublinear import command
+
+    actions = {"bench": (command.BenchOptions, command.bench), "fit": (command.FitOptions, command.fit)}
+    if arguments and arguments[0] in ("-h", "--help"):
+        rows = [f"  {name:6} {options.__doc__}" for name, (options, _) in actions.items()]
+        _print_usage("hbll sublinear ACTION", rows)
+        return
+    if not arguments:
+        raise ValueError(f"hbll sublinear needs an action first: {', '.join(actions)}")
+    options, run = actions[_known(arguments[0], actions, "action")]
+    chosen = _parse(options, arguments[1:], f"hbll sublinear {arguments[0]}")
+    try:
+        run(chosen)
+    except ModuleNotFoundError as missing:
+        raise ValueError(f'hbll sublinear needs {missing.name}: pip install "hbll[sublinear]"') from missing
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    command.__name__: command for command in (train, evaluate, compare, report)
+    command.__name__: command for command in (train, evaluate, compare, report, sublinear)
 }
 
 
@@ -174,10 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _dispatch(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        rows = [f"  hbll {name:9} {command.__doc__}" for name, command in COMMANDS.items()]
-        print("usage: hbll COMMAND ...\n", *rows, "\n`hbll COMMAND --help` says more.", sep="\n")
+        _print_usage("hbll COMMAND", [f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items()])
         return
     COMMANDS[_known(arguments[0], COMMANDS, "command")](arguments[1:])
+
+
+def _print_usage(usage: str, rows: Iterable[str]) -> None:
+    print(f"usage: {usage} [OPTIONS]\n", *rows, f"\n`{usage} --help` says more.", sep="\n")
 
 
 def _recipe_options(

@@ -67,6 +67,11 @@ def test_more_samples_than_there_are_cannot_be_had():
         DIGITS(train_samples=1438).splits(None)
 
 
+def test_a_batch_must_be_had():
+    with pytest.raises(ValueError, match="--batch-size 64 is more than the 20 training samples"):
+        DIGITS(train_samples=20).splits(None)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -61,7 +61,7 @@ def test_a_finished_comparison_is_not_trained_over_but_can_be_extended(finished)
     longer = replace(comparison, methods=("paper", "bp", "tree"))
     extended = compare(longer, resume=True, on_step=lambda done, total: steps.append(done))
     assert extended[:2] == results
-    assert len(steps) == 2 * 2 * 7  # the new method's: two seeds, two epochs of seven steps
+    assert len(steps) == 2 * 2 * 6  # the new method's: two seeds, two epochs of six steps
     assert compare(comparison, resume=True) == results
 
 

@@ -7,12 +7,13 @@ import torch
 
 from hbll.objective import Objective
 from hbll.recipes import RECIPES
+from hbll.rule import PRESETS
 from hbll.training import checkpoint, metrics
 from hbll.training.loop import Interrupted, train
 from hbll.training.run import Run, open_run
 
 Digits = RECIPES["digits"]
-SMALL = Digits(blocks=3, width=8, epochs=3, train_samples=300)  # five steps an epoch, the last of 44 samples
+SMALL = Digits(blocks=3, width=8, epochs=3, train_samples=300)  # four steps an epoch
 
 
 class Noisy(Digits):
@@ -72,12 +73,14 @@ def be_killed():
     [
         (SMALL, "paper"),
         (SMALL, "tree"),
+        (SMALL, "scan"),
+        (SMALL, "stream"),
         (replace(SMALL, schedule="cosine"), "bp"),
         (replace(SMALL, schedule="linear"), "paper"),
         (Noisy(**vars(SMALL)), "paper"),
     ],
 )
-@pytest.mark.parametrize("step", [0, 3, 5, 12])
+@pytest.mark.parametrize("step", [0, 3, 4, 9])
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, step):
     whole, stopped = run_in(tmp_path / "whole", recipe, method), run_in(tmp_path / "stopped", recipe, method)
     train(whole)
@@ -92,7 +95,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path):
     whole, killed = run_in(tmp_path / "whole"), run_in(tmp_path / "killed")
     train(whole)
     with pytest.raises(SystemError):
-        train(killed, on_step=stop_at(8, be_killed))
+        train(killed, on_step=stop_at(6, be_killed))
     assert checkpoint.load(killed.checkpoint_file)["epoch"] == 1
     train(killed, resume=True)
     assert outcome(killed) == outcome(whole)
@@ -101,7 +104,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path):
 def test_a_line_written_before_its_checkpoint_is_written_once(tmp_path):
     run = run_in(tmp_path)
     with pytest.raises(Interrupted):
-        train(run, on_step=stop_at(7, press_ctrl_c))
+        train(run, on_step=stop_at(6, press_ctrl_c))
     (line,) = metrics.read(run.metrics_file)
     metrics.append(run.metrics_file, replace(line, epoch=2))
     train(run, resume=True)
@@ -200,15 +203,15 @@ def test_the_mean_loss_of_the_first_step_is_that_of_a_guess(tmp_path):
 
 
 def test_seeds_differ_in_their_order_and_epochs_too(tmp_path):
-    # With a rate that changes nothing, a difference in the losses is one in the order of the samples.
-    recipe = replace(SMALL, learning_rate=1e-30, weight_decay=0.0, batch_size=256)
+    # With a rate that changes nothing, the losses differ by which 200 of the 300 samples an epoch takes first.
+    recipe = replace(SMALL, learning_rate=1e-30, weight_decay=0.0, batch_size=200)
     run = run_in(tmp_path, recipe, "bp")
     train(run)
     losses = [line.loss for line in metrics.read(run.metrics_file)]
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("method", ["paper", "tree", "bp"])
+@pytest.mark.parametrize("method", PRESETS)
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, method):
     run = run_in(tmp_path, Poisoned(**vars(SMALL)), method)
     with pytest.raises(ValueError, match=r"NaN or infinite in step \d of epoch 1, first at node \d"):

@@ -34,7 +34,7 @@ class Recipe(ABC):
     """Passes over the training samples."""
 
     batch_size: int = 64
-    """Samples of a step; the last step of an epoch takes what is left."""
+    """Samples of a step. What an epoch leaves over, fewer than that, waits for the next: rules may keep batches."""
 
     learning_rate: float = 1e-3
     """AdamW's, at its highest."""
@@ -72,7 +72,10 @@ class Recipe(ABC):
         splits = self.load(data_dir)
         if self.train_samples is not None and self.train_samples > len(splits.train):
             raise ValueError(f"--train-samples {self.train_samples} is more than the {len(splits.train)} there are")
-        return Splits(splits.train[: self.train_samples], splits.test)
+        splits = Splits(splits.train[: self.train_samples], splits.test)
+        if self.batch_size > len(splits.train):
+            raise ValueError(f"--batch-size {self.batch_size} is more than the {len(splits.train)} training samples")
+        return splits
 
     def initial_network(self, seed: int) -> TreeNetwork:
         """The network before training; the same for every method, so that methods differ in nothing else."""

@@ -162,4 +162,4 @@ def _memory(comparison: Comparison, method: str) -> int:
     recipe = comparison.recipe
     batch = recipe.splits(comparison.data_dir).train[: recipe.batch_size].to(device())
     network = recipe.initial_network(0).to(device())
-    return step_memory(network, recipe.objective(method).to(device()), batch)
+    return step_memory(network, recipe.objective(method).prepare(network).to(device()), batch)

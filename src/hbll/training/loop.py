@@ -1,6 +1,5 @@
 """The training loop: steps, epochs, checkpoints, and how a run ends before its time."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -85,10 +84,10 @@ class Training:
         self.run = run
         self.samples = samples
         self.network = recipe.initial_network(run.seed).to(device())
-        self.objective = recipe.objective(run.method).to(device())
+        self.objective = recipe.objective(run.method).prepare(self.network).to(device())
         weights = [*self.network.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        self.steps_per_epoch = math.ceil(len(samples) / recipe.batch_size)
+        self.steps_per_epoch = len(samples) // recipe.batch_size
         self.scheduler = scheduler(recipe.schedule, self.optimizer, recipe.epochs * self.steps_per_epoch)
         self.epoch = 0
         self._start_epoch()
@@ -199,15 +198,15 @@ class Training:
 
         By the time it is noticed, what began in one node has spread to all.
         """
-        noticed = self.position
-        self.restore()
-        order = self._order()
-        while self.position < noticed:
-            when = f"in step {self.position + 1} of epoch {self.epoch + 1}"
-            step = self._loss(order)
+        again = Training(self.run, self.samples)
+        again.restore()
+        order = again._order()
+        while again.position < self.position:
+            when = f"in step {again.position + 1} of epoch {again.epoch + 1}"
+            step = again._loss(order)
             if not step.loss.isfinite():
-                return f"{when}, first at {place_in_loss(self.network.tree, step.nodes)}"
-            self._descend(step.loss)
-            if place := place_in_weights(self.network):
+                return f"{when}, first at {place_in_loss(again.objective.stages(again.network).tree, step.nodes)}"
+            again._descend(step.loss)
+            if place := place_in_weights(again.network):
                 return f"{when}, first in the weights of {place}"
-        return f"by step {noticed} of epoch {self.epoch + 1}"
+        return f"by step {self.position} of epoch {self.epoch + 1}"

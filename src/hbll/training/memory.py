@@ -21,14 +21,15 @@ def step_memory(network: TreeNetwork, objective: Objective, batch: Samples) -> i
     the process would tell nothing of each, every storage made by an operation is followed until it is freed; scratch
     memory within an operation is not seen. `network` is left with gradients.
     """
-    network.zero_grad()
 
     def step() -> None:
         taken = objective(network, batch.inputs, batch.labels)  # held on to, as a training loop does
         taken.loss.backward()
 
-    step()  # what is made once and kept, such as the choice of engine, is not the step's
+    for _ in range(len(network.blocks) + 1):  # a rule may keep a batch for each block, which then is not the step's
+        step()
     network.zero_grad()
+    objective.zero_grad()
     gc.collect()
     return _cuda_peak(step) if batch.inputs.is_cuda else _cpu_peak(step)
 
