@@ -38,7 +38,7 @@ class Errors:
         """Each sample's own gradient times the number of tokens, from that of the mean, (n, B, ...)."""
         if isinstance(self.factor, int):
             return self.factor * gradient
-        return self.factor.view(-1, *(1,) * (gradient.ndim - 1)) * gradient
+        return (self.factor.view(-1, *(1,) * (gradient.ndim - 1)) * gradient).to(gradient.dtype)
 
 
 class Credit(nn.Module):
