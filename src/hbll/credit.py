@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from hbll.blocks import Evaluation, stack
 from hbll.inversion import gauss_newton, taylor
+from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.scan import Coarse, correct_transposed
+from hbll.stages import Stages, fresh_copy
 from hbll.trace import Correction, Trace, attach_gradients, wide
 from hbll.tree import Tree
 
@@ -50,6 +52,9 @@ class Credit(nn.Module):
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
+
+    def prepare(self, network: TreeNetwork, stages: Stages) -> None:
+        """Makes the parameters that the credit needs for a network."""
 
     def correct(self, trace: Trace, nodes: Sequence[int]) -> None:
         """Adds the corrections of these nodes to the trace."""
@@ -229,7 +234,18 @@ class ScanCredit(Credit):
 
 class SpineCredit(Credit):
     """The gradient of the label's loss through a few jumps: each stage's output goes on to the head through the last
-    blocks of at most log2 S + 1 later stages, which learn to be called from afar."""
+    blocks of at most log2 S + 1 later stages, which learn to be called from afar.
+
+    Without jumps and with heads of their own the stages learn greedily (Belilovsky et al., arXiv 1901.08164).
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(rule)
+        self.heads = nn.ModuleList()
+
+    def prepare(self, network: TreeNetwork, stages: Stages) -> None:
+        if self.rule.heads == "own" and not self.heads:
+            self.heads.extend(fresh_copy(network.head) for _ in stages.nodes[:-1])
 
     def finish(self, trace: Trace) -> None:
         nodes = tuple(sorted(n for wave in trace.waves for n in wave.nodes))
@@ -242,13 +258,23 @@ class SpineCredit(Credit):
         for together in [(n,) for n in chosen] if trace.observer else [chosen]:
             self._arc(trace, together).invert(trace, self.rule, weight)
 
+    def _head(self, trace: Trace, node: int) -> nn.Module:
+        if self.rule.heads == "shared" or node == trace.stages.nodes[-1]:
+            return trace.network.head
+        if not self.heads:
+            raise ValueError(
+                "the stages have no heads yet: call objective.prepare(network) before the optimizer is made"
+            )
+        return self.heads[node - 1]
+
     def _arc(self, trace: Trace, nodes: tuple[int, ...]) -> Arc:
         spines = [spine(n, trace.tree, self.rule.spine) for n in nodes]
         if trace.labels is None:
             labels = torch.cat([trace.y] * len(nodes))
         else:
             labels = trace.labels[[n - 1 for n in nodes]].flatten(0, 1)
-        engine, head = trace.stages.last_blocks, trace.network.head
+        engine = trace.stages.last_blocks
+        heads = {n: self._head(trace, n) for n in nodes}
 
         def predict(states: Tensor) -> Evaluation:
             current = list(states.unbind(0))
@@ -262,8 +288,12 @@ class SpineCredit(Credit):
                     parameters += evaluation.parameters
                     for p, state in zip(positions, evaluation.outputs.unbind(0), strict=True):
                         current[moving[p]] = state
-            parameters += [p for p in head.parameters() if p.requires_grad]
-            return Evaluation(head(torch.cat(current)), tuple(parameters))
+            if self.rule.heads == "own":
+                found = torch.cat([head(state) for head, state in zip(heads.values(), current, strict=True)])
+            else:
+                found = trace.network.head(torch.cat(current))
+            parameters += [p for head in dict.fromkeys(heads.values()) for p in head.parameters() if p.requires_grad]
+            return Evaluation(found, tuple(parameters))
 
         return Arc(
             nodes,

@@ -1,6 +1,5 @@
 """First guesses of the chain's states, which sweeps then correct: a running mean, or a predictor tree."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from hbll.blocks import make_engine, stack
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
-from hbll.stages import Stages
+from hbll.stages import Stages, fresh_copy
 from hbll.trace import Trace, attach_gradients, wide
 
 __all__ = ["GUESSES", "Guess", "MeanGuess", "TreeGuess"]
@@ -80,7 +79,7 @@ class TreeGuess(Guess):
 
     def prepare(self, network: TreeNetwork, stages: Stages) -> None:
         if not self.jumps:
-            self.jumps.extend(_fresh_copy(network.blocks[numbers[-1] - 1]) for numbers in stages.numbers)
+            self.jumps.extend(fresh_copy(network.blocks[numbers[-1] - 1]) for numbers in stages.numbers)
         if len(self.jumps) != len(stages.numbers):
             raise ValueError(f"a predictor tree needs a jump per stage, {len(stages.numbers)}; got {len(self.jumps)}")
         self.engine = make_engine(self.jumps, [f"jump {n}" for n in stages.nodes], self.rule.engine)
@@ -121,14 +120,6 @@ class TreeGuess(Guess):
 
 def _rows(states: Tensor, nodes: Sequence[int]) -> Tensor:
     return torch.stack([states[n - 1] for n in nodes])
-
-
-def _fresh_copy(block: nn.Module) -> nn.Module:
-    fresh = copy.deepcopy(block)
-    for module in fresh.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    return fresh
 
 
 GUESSES: dict[str, type[Guess]] = {"mean": MeanGuess, "tree": TreeGuess}

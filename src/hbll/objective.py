@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hbll.blocks import stack
-from hbll.credit import CREDIT, label_errors
+from hbll.credit import CREDIT, Credit, label_errors
 from hbll.network import TreeNetwork
+from hbll.pipeline import LateCredit
 from hbll.rule import make_rule
 from hbll.stages import Stages
 from hbll.states import STATES, ScanStates
@@ -92,6 +93,9 @@ class Step:
         return dict(sorted(reports.items()))
 
 
+CREDITS: dict[str, type[Credit]] = {**CREDIT, "late": LateCredit}
+
+
 class Objective(nn.Module):
     """A training rule: a preset, or any combination of options.
 
@@ -108,7 +112,7 @@ class Objective(nn.Module):
         super().__init__()
         self.rule = make_rule(rule, options)
         self.states = STATES[self.rule.states](self.rule)
-        self.credit = CREDIT[self.rule.credit](self.rule)
+        self.credit: Credit = CREDITS[self.rule.credit](self.rule)
         self._stages: WeakKeyDictionary[TreeNetwork, Stages] = WeakKeyDictionary()
 
     def stages(self, network: TreeNetwork) -> Stages:
@@ -123,6 +127,7 @@ class Objective(nn.Module):
         To be called before the optimizer is made, which then takes ``[*network.parameters(), *objective.parameters()]``.
         """
         self.states.prepare(network, self.stages(network))
+        self.credit.prepare(network, self.stages(network))
         return self
 
     def predict(self, network: TreeNetwork, x: Any, sweeps: int) -> Tensor:

@@ -27,9 +27,9 @@ class Rule:
     """What a node of the tree hands to its children: its target, or what its block computed."""
     stage: int = 1
     """Consecutive blocks that form one node, evaluated one after the other with exact gradients inside."""
-    credit: Literal["arcs", "exact", "scan", "spine"] = "arcs"
-    """Inverted right arcs; the exact gradient through the whole chain; parallel sweeps of vector-Jacobian products; or the
-    gradient through a few jumps to the head."""
+    credit: Literal["arcs", "exact", "scan", "spine", "late"] = "arcs"
+    """Inverted right arcs; the exact gradient through the whole chain; parallel sweeps of vector-Jacobian products; the
+    gradient through a few jumps to the head; or the exact gradient of an earlier step's batch."""
     scope: Literal["block", "triplet", "tree"] = "block"
     """How far the gradient of a node's error reaches: the right neighbour (f_n then moves to its target), also the node's
     own block, or everything that the node's state was computed from."""
@@ -65,6 +65,8 @@ class Rule:
     """The stages whose last blocks spine credit passes on its way to the head: 1, 3, 7, .. on; the right parents; none."""
     spine_share: float = 1.0
     """Share of the stages, drawn anew each step, that receive spine credit; theirs is scaled up to make up for it."""
+    heads: Literal["shared", "own"] = "shared"
+    """Whether a spine ends at the network's head or, except the last stage's, at a fresh copy of the stage's own."""
     rim: float = 0.0
     """Weight of the mean loss of the rim's paths, trained end to end beside the rule; keeps short paths accurate."""
     path: str | int | Sequence[int] | None = None
@@ -94,8 +96,10 @@ class Rule:
             raise ValueError("posterior boundaries are targets of inverted arcs in the tree: take boundary='prior'")
         if self.credit == "exact" and self.states != "chain":
             raise ValueError("exact credit needs the states of the chain: take states='chain'")
-        if self.states == "stream" and self.credit != "spine":
-            raise ValueError("stream states hold a mini-batch per stage, so only credit='spine' suits them")
+        if self.states == "stream" and self.credit not in ("spine", "late"):
+            raise ValueError("stream states hold a mini-batch per stage: take credit='spine' or 'late'")
+        if self.credit == "late" and self.states != "stream":
+            raise ValueError("late credit belongs to a pipeline: take states='stream'")
         if self.scope == "tree" and (self.states in ("scan", "stream") or self.credit == "scan"):
             raise ValueError("scan and stream states carry no gradient across stages: take scope='triplet'")
         if self.path is not None and not (self.states == "chain" and self.credit == "exact"):
@@ -107,10 +111,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tree": {"boundary": "prior", "scope": "triplet"},
     "scan": {"states": "scan", "boundary": "prior", "credit": "scan", "scope": "triplet"},
     "stream": {"states": "stream", "boundary": "prior", "credit": "spine", "scope": "triplet"},
+    "pipeline": {"states": "stream", "boundary": "prior", "credit": "late", "scope": "triplet"},
     "bp": {"states": "chain", "boundary": "prior", "credit": "exact", "scope": "tree"},
 }
 """The named rules: HBLL as published, its variant without leaks from the label, the two whose chain is accurate at full
-depth, and backpropagation."""
+depth, the asynchronous pipeline, and backpropagation."""
 
 
 def make_rule(name: str, options: dict[str, Any]) -> Rule:

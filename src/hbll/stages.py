@@ -4,6 +4,7 @@ Inside a stage blocks are evaluated one after the other with exact gradients, as
 between stages, on the tree over them. Stages of one block are the plain rule.
 """
 
+import copy
 from collections.abc import Iterable
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from hbll.blocks import make_engine
 from hbll.tree import Tree
 
-__all__ = ["Stages"]
+__all__ = ["Stages", "fresh_copy"]
 
 
 class Stages:
@@ -65,3 +66,13 @@ class Stages:
     def size(self, nodes: Iterable[int]) -> int:
         """The blocks of all of these stages together."""
         return sum(len(self.numbers[n - 1]) for n in nodes)
+
+
+def fresh_copy(module: nn.Module) -> nn.Module:
+    """A module like the given one, its parameters drawn anew where its parts know how to."""
+    fresh = copy.deepcopy(module)
+    for part in fresh.modules():
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return fresh

@@ -113,6 +113,7 @@ class Trace:
         self.tree = stages.tree
         self.engine = stages.engine
         self.rule = rule
+        self.x = x
         self.y = y
         embedded = network.embed(x)
         dim = network.features(embedded)

@@ -1,0 +1,297 @@
+"""Accuracy of the full chain by training rule: CIFAR-10 images and language models, beside backpropagation.
+
+    python benchmarks/full_depth.py images --blocks 7 15 --train-samples 20000 --epochs 8 --seeds 0 1 --data-dir DIR
+    python benchmarks/full_depth.py characters --blocks 7 --steps 2000 --data-dir DIR
+
+One process a run, --workers at once on whatever device there is. Every finished epoch (or 200 steps of a language model) is
+a line of OUT/full_depth.jsonl; a run whose last line stands there is not made again. The rules share data, order, initial
+network, optimizer (AdamW 1e-3, cosine schedule, no augmentation unless --augment) and budget; only the rule differs.
+The whole test set is used. `cosine` is the smallest and the mean cosine over stages between a block's update and
+backpropagation's on 256 training samples.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hbll
+from hbll.data.cifar import cifar10
+from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
+from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
+
+RULES: dict[str, tuple[str, dict]] = {
+    "bp": ("bp", {}),
+    "paper": ("paper", {"variance": 10.0}),
+    "tree": ("tree", {"variance": 10.0}),
+    "scan G1 K4 C2 mean": ("scan", {"sweeps": 4, "credit_sweeps": 2}),
+    "scan G1 K4 C2 tree": ("scan", {"sweeps": 4, "credit_sweeps": 2, "guess": "tree"}),
+    "scan G3 K2 C1 tree": ("scan", {"stage": 3, "sweeps": 2, "credit_sweeps": 1, "guess": "tree"}),
+    "scan G3 K3 C2 tree": ("scan", {"stage": 3, "sweeps": 3, "credit_sweeps": 2, "guess": "tree"}),
+    "scan G5 K2 C1 tree": ("scan", {"stage": 5, "sweeps": 2, "credit_sweeps": 1, "guess": "tree"}),
+    "scan G2 K2 C1 tree": ("scan", {"stage": 2, "sweeps": 2, "credit_sweeps": 1, "guess": "tree"}),
+    "scan G2 K3 C2 tree": ("scan", {"stage": 2, "sweeps": 3, "credit_sweeps": 2, "guess": "tree"}),
+    "scan G4 K2 C1 tree": ("scan", {"stage": 4, "sweeps": 2, "credit_sweeps": 1, "guess": "tree"}),
+    "scan G4 K3 C2 tree": ("scan", {"stage": 4, "sweeps": 3, "credit_sweeps": 2, "guess": "tree"}),
+    "stream G1": ("stream", {}),
+    "stream G2": ("stream", {"stage": 2}),
+    "stream G3": ("stream", {"stage": 3}),
+    "stream G4": ("stream", {"stage": 4}),
+    "stream G5": ("stream", {"stage": 5}),
+    "stream G6": ("stream", {"stage": 6}),
+    "stream G3 rim": ("stream", {"stage": 3, "rim": 0.3}),
+    "stream G3 no spine": ("stream", {"stage": 3, "spine": "none"}),
+    "greedy G3": ("stream", {"stage": 3, "spine": "none", "heads": "own"}),
+    "greedy G1": ("stream", {"spine": "none", "heads": "own"}),
+    "chain spine G3": ("stream", {"states": "chain", "stage": 3}),
+    "pipeline": ("pipeline", {}),
+}
+
+
+class Images:
+    """CIFAR-10 with a ConvNeXt-like chain."""
+
+    def __init__(self, options: argparse.Namespace, blocks: int, device: torch.device) -> None:
+        splits = cifar10(options.data_dir)
+        self.train = splits.train[: options.train_samples].to(device)
+        self.test = splits.test.to(device)
+        self.batch_size, self.augment = options.batch_size, options.augment
+        self.steps_per_line = len(self.train) // self.batch_size
+        self.steps = options.epochs * self.steps_per_line
+        width = options.width or 32
+        self.network = hbll.TreeNetwork(
+            patch_embed(width), [ConvBlock(width) for _ in range(blocks)], ConvHead(width, 10)
+        ).to(device)
+
+    def batches(self):
+        while True:
+            for batch in torch.randperm(len(self.train)).split(self.batch_size):
+                if (
+                    len(batch) == self.batch_size
+                ):  # stream wants batches of one size, so nobody gets the last, short one
+                    samples = self.train[batch.to(self.train.labels.device)]
+                    yield (crop_and_flip(samples.inputs) if self.augment else samples.inputs), samples.labels
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        return self.train.inputs[:256], self.train.labels[:256]
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        tree = self.network.tree
+        result = {}
+        for name, path in {"chain": tree.chain, "rim": tree.rim}.items():
+            parts = self.test.inputs.split(1000)
+            predicted = torch.cat([self.network(part, path).argmax(1) for part in parts])
+            result[name] = (predicted == self.test.labels).float().mean().item()
+        return result
+
+
+class Characters:
+    """Tiny shakespeare by characters, the last tenth for testing."""
+
+    context = 128
+
+    def __init__(self, options: argparse.Namespace, blocks: int, device: torch.device) -> None:
+        text = self.read(options.data_dir)
+        vocabulary = int(text.max()) + 1
+        split = len(text) * 9 // 10
+        self.text, self.test = text[:split].to(device), text[split:].to(device)
+        self.batch_size = options.batch_size
+        self.steps, self.steps_per_line = options.steps, 200
+        width = options.width or 64
+        self.network = hbll.TreeNetwork(
+            GPTEmbed(vocabulary, self.context, width),
+            [GPTBlock(width, heads=max(2, width // 64)) for _ in range(blocks)],
+            GPTHead(vocabulary, width),
+        ).to(device)
+
+    def read(self, data_dir: Path) -> Tensor:
+        text = (data_dir / "tinyshakespeare" / "input.txt").read_text()
+        index = {character: i for i, character in enumerate(sorted(set(text)))}
+        return torch.tensor([index[character] for character in text])
+
+    def batches(self):
+        while True:
+            starts = torch.randint(len(self.text) - self.context - 1, (self.batch_size,)).to(self.text.device)
+            windows = self.text[starts[:, None] + torch.arange(self.context + 1, device=self.text.device)]
+            yield windows[:, :-1], windows[:, 1:]
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        windows = self.text[: 32 * (self.context + 1)].view(32, -1)
+        return windows[:, :-1], windows[:, 1:]
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        count = (len(self.test) - 1) // self.context
+        inputs = self.test[: count * self.context].view(count, -1)
+        labels = self.test[1 : count * self.context + 1].view(count, -1)
+        result = {}
+        for name in ("chain", "rim"):
+            losses = [
+                F.cross_entropy(self.network(x, name).flatten(0, 1), y.flatten(), reduction="sum")
+                for x, y in zip(inputs.split(64), labels.split(64), strict=True)
+            ]
+            result[name] = (torch.stack(losses).sum() / labels.numel()).item()
+        return result
+
+
+class Words(Characters):
+    """WikiText-2 by words as published, the validation file for testing."""
+
+    def __init__(self, options: argparse.Namespace, blocks: int, device: torch.device) -> None:
+        super().__init__(options, blocks, device)
+        self.text, self.test = (self.tokens[part].to(device) for part in ("train", "valid"))
+
+    def read(self, data_dir: Path) -> Tensor:
+        words = {
+            part: [
+                word
+                for line in (data_dir / "wikitext-2" / f"wiki.{part}.tokens").read_text().splitlines()
+                for word in (*line.split(), "<eos>")
+            ]
+            for part in ("train", "valid")
+        }
+        index = {word: i for i, word in enumerate(dict.fromkeys(words["train"] + words["valid"]))}
+        self.tokens = {part: torch.tensor([index[word] for word in found]) for part, found in words.items()}
+        return torch.cat(list(self.tokens.values()))
+
+
+TASKS = {"images": Images, "characters": Characters, "words": Words}
+
+
+def crop_and_flip(images: Tensor) -> Tensor:
+    """Random shifts by up to 4 pixels and mirrorings, each sample its own."""
+    count, device = len(images), images.device
+    padded = F.pad(images, (4, 4, 4, 4))
+    rows, columns = (torch.randint(9, (count, 1), device=device) + torch.arange(32, device=device) for _ in range(2))
+    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns, columns.flip(1))
+    which = torch.arange(count, device=device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
+    blocks, rule, seed = job
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    task = TASKS[options.task](options, blocks, device)
+    preset, settings = RULES[rule]
+    objective = hbll.Objective(preset, **settings).to(device).prepare(task.network).to(device)
+    parameters = [*task.network.parameters(), *objective.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, task.steps, pct_start=0.05)
+    batches, seconds, diagnosis = task.batches(), 0.0, None
+    for done in range(1, task.steps + 1):
+        x, y = next(batches)
+        began = time.perf_counter()
+        step = objective(task.network, x, y)
+        optimizer.zero_grad()
+        step.loss.backward()
+        nn.utils.clip_grad_norm_(task.network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if device.type == "cuda" and done % 50 == 0:
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - began
+        if done % task.steps_per_line == 0 or done == task.steps:
+            line = {"task": options.task, "blocks": blocks, "rule": rule, "seed": seed, "step": done, "of": task.steps}
+            line |= task.measure() | {"seconds": seconds, "work": step.work, "span": step.span}
+            line["relative_work"], line["span_of_bp"] = step.work / (3 * blocks), step.span / (2 * blocks)
+            if device.type == "cuda":
+                line["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            if step.defect is not None:
+                line["defect"] = step.defect.item()
+            if rule != "pipeline":
+                diagnosis = objective.diagnose(task.network, *task.probe())
+                cosines = [report.cosine for report in diagnosis.values() if report.cosine is not None]
+                line["cosine"] = [round(c, 3) for c in cosines]
+            with (options.out / "full_depth.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def table(lines: list[dict], better: str) -> str:
+    rows = [
+        f"| task | blocks | rule | span / BP's | work / BP's | chain {better} | rim {better} | least, mean cosine | s |",
+        "|---" * 9 + "|",
+    ]
+    last = [line for line in lines if line["step"] == line["of"]]
+    keys = dict.fromkeys((line["task"], line["blocks"], line["rule"]) for line in last)
+    order = list(RULES)
+    for task, blocks, rule in sorted(keys, key=lambda key: (*key[:2], order.index(key[2]))):
+        found = [line for line in last if (line["task"], line["blocks"], line["rule"]) == (task, blocks, rule)]
+
+        def show(what: str, found: list[dict] = found, task: str = task) -> str:
+            values = [100 * line[what] if task == "images" else math.exp(line[what]) for line in found]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.2f}{spread}"
+
+        cosines = [c for line in found for c in line.get("cosine", [])]
+        rows.append(
+            f"| {task} | {blocks} | {rule} | {found[0]['span_of_bp']:.2f} | {found[0]['relative_work']:.2f} "
+            f"| {show('chain')} | {show('rim')} "
+            f"| {f'{min(cosines):.2f}, {statistics.mean(cosines):.2f}' if cosines else '-'} "
+            f"| {statistics.mean(line['seconds'] for line in found):.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def attempt(job: tuple[int, str, int], options: argparse.Namespace) -> None:
+    try:
+        run(job, options)
+    except Exception:  # one run that fails must not take the others with it
+        print(job, traceback.format_exc(), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument(
+        "--rules", nargs="+", choices=RULES, metavar="RULE", default=["bp", "stream G3"], help=", ".join(RULES)
+    )
+    parser.add_argument("--blocks", type=int, nargs="+", default=[7])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2000, help="of a language model")
+    parser.add_argument("--train-samples", type=int, default=20000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--augment", action="store_true")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/full_depth"))
+    options = parser.parse_args()
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "full_depth.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {
+        (line["blocks"], line["rule"], line["seed"])
+        for line in lines
+        if line["step"] == line["of"] and line["task"] == options.task
+    }
+    jobs = [
+        (blocks, rule, seed)
+        for seed, blocks, rule in itertools.product(options.seeds, options.blocks, options.rules)
+        if (blocks, rule, seed) not in done
+    ]
+    with torch.multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        pool.starmap(attempt, [(job, options) for job in jobs], chunksize=1)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    print(
+        table(
+            [line for line in lines if line["task"] == options.task], "%" if options.task == "images" else "perplexity"
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

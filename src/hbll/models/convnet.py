@@ -1,0 +1,42 @@
+"""Convolutional networks whose blocks keep the shape of an image of features: a patch embed, ConvNeXt-like blocks, a head.
+
+The block follows ConvNeXt (Liu et al., arXiv 2201.03545): depthwise convolution, norm, pointwise expansion, GELU, pointwise
+projection, skip. Pointwise maps are 1 x 1 convolutions, so that states stay (B, C, H, W) throughout.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ConvBlock", "ConvHead", "patch_embed"]
+
+
+def patch_embed(width: int, patch: int = 4, channels: int = 3) -> nn.Module:
+    """Cuts images (B, channels, H, W) into patches and maps each linearly to ``width`` features."""
+    return nn.Conv2d(channels, width, patch, stride=patch)
+
+
+class ConvBlock(nn.Module):
+    """A residual block on (B, width, H, W); ``expansion`` times as many features inside."""
+
+    def __init__(self, width: int, kernel: int = 3, expansion: int = 4) -> None:
+        super().__init__()
+        self.mix_pixels = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = nn.GroupNorm(1, width)
+        self.expand = nn.Conv2d(width, expansion * width, 1)
+        self.project = nn.Conv2d(expansion * width, width, 1)
+
+    def forward(self, state: Tensor) -> Tensor:
+        inner = self.expand(self.norm(self.mix_pixels(state)))
+        return state + self.project(F.gelu(inner))
+
+
+class ConvHead(nn.Module):
+    """Norm, mean over pixels, linear map to class logits, (B, width, H, W) -> (B, classes)."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        self.classify = nn.Linear(width, classes)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.classify(self.norm(state).mean((2, 3)))
