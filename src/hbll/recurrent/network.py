@@ -1,0 +1,166 @@
+"""A recurrent network over a tree of time steps: the deployed chain, the tree path, any path between, and streaming."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from hbll.models.cells import GRU, LSTM, Cell
+from hbll.recurrent.arcs import ArcCells
+from hbll.tree import Path, Tree
+
+__all__ = ["RecurrentNetwork", "check_sequences", "padded_start", "presence", "tree_of"]
+
+tree_of = lru_cache(maxsize=64)(Tree)
+"""The tree over times 0..N; made once for every length."""
+
+
+class RecurrentNetwork(nn.Module):
+    """A recurrent cell with a head, and cells for the longer arcs of the tree over its time steps.
+
+    The deployed network is the *chain*: the cell of one-chunk arcs, step after step. The other cells train it, and give
+    shorter paths through the same sequence.
+
+    Args:
+        cells: the cell of every arc; ``cells.chain`` is the deployed one.
+        head: maps a hidden state (..., H) to whatever the loss takes.
+        every_step: the head reads every state (language) and not only the last one (classification).
+        embed: maps the input to chunks (B, N, I); by default the input is that already.
+    """
+
+    def __init__(
+        self, cells: ArcCells, head: nn.Module, every_step: bool = False, embed: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Identity() if embed is None else embed
+        self.cells = cells
+        self.head = head
+        self.every_step = every_step
+
+    @property
+    def cell(self) -> Cell:
+        """The deployed cell."""
+        return self.cells.chain
+
+    def forward(
+        self, x: Tensor, path: str | int | Sequence[int] | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The head's output along a path.
+
+        Args:
+            x: what embed takes: sequences of N chunks; shorter sequences are padded at the start.
+            path: times at which the sequence is cut, as in ``hbll.tree`` over N nodes: ``chain`` (or None), ``rim``, its
+                other name ``tree``, ``4-6-7``, a list, or a number of times.
+            lengths: (B,), the chunks of every sequence that are no padding; all by default.
+
+        Returns:
+            (B, ...) from the last state, or (B, N, ...) if the head reads every step.
+
+        Raises:
+            ValueError: no such path, a path other than the chain for outputs of every step, or sequences of a wrong shape.
+        """
+        x = self.embed(x)
+        check_sequences(self, x)
+        times = resolve(path, x.shape[1])
+        chain = len(times) == x.shape[1] - 1
+        if self.every_step and not chain:
+            raise ValueError("only the chain has outputs of every step")
+        if chain:
+            states, last = self._unroll(x, self.cell.initial(len(x)), lengths)
+            return self.head(states) if self.every_step else self.head(self.cell.hidden(last))
+        steps, first = padded_start(x.transpose(0, 1), presence(lengths, x))
+        state = self.cell.initial(len(x))
+        for arc in zip((0, *times), (*times, len(steps)), strict=True):
+            state = self.cells(steps, [arc], state.unsqueeze(0), first)[0]
+        return self.head(self.cell.hidden(state))
+
+    def unroll(self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The chain from a state on: streaming, state in and state out.
+
+        Args:
+            x: what embed takes, the next N chunks.
+            state: (B, S H), what the last call returned; zeros at first.
+            lengths: as for ``forward``; a sequence keeps its state over its padding.
+
+        Returns:
+            The hidden states after every step (B, N, H), and the state after the last one (B, S H).
+        """
+        x = self.embed(x)
+        check_sequences(self, x)
+        return self._unroll(x, self.cell.initial(len(x)) if state is None else state, lengths)
+
+    def _unroll(self, x: Tensor, state: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        cell = self.cell
+        driven = cell.project(x)
+        present = presence(lengths, x)
+        hidden = []
+        for t in range(x.shape[1]):
+            new = cell.advance(driven[:, t], state)
+            state = new if present is None else torch.where(present[:, t, None], new, state)
+            hidden.append(cell.hidden(state))
+        return torch.stack(hidden, 1), state
+
+    def export_cell(self) -> nn.GRUCell | nn.LSTMCell:
+        """The deployed cell as torch's own, with a copy of the weights; the same numbers, and no need of hbll.
+
+        Raises:
+            ValueError: torch has no such cell.
+        """
+        return _load({GRU: nn.GRUCell, LSTM: nn.LSTMCell}, self.cell, "")
+
+    def export_sequence(self) -> nn.GRU | nn.LSTM:
+        """The deployed chain as nn.GRU or nn.LSTM with batch_first, which cuDNN runs fused; else as ``export_cell``."""
+        return _load({GRU: nn.GRU, LSTM: nn.LSTM}, self.cell, "_l0", batch_first=True)
+
+
+def _load(kinds: dict, cell: Cell, suffix: str, **options: bool) -> nn.Module:
+    if type(cell) not in kinds:
+        raise ValueError(f"torch has no recurrent network like {type(cell).__name__}: export a GRU or an LSTM")
+    exported = kinds[type(cell)](cell.inputs, cell.width, **options).to(cell.weight_hh)
+    exported.load_state_dict({name + suffix: value for name, value in cell.state_dict().items()})
+    return exported
+
+
+def resolve(path: str | int | Sequence[int] | None, length: int) -> Path:
+    """The times strictly between 0 and N that a path visits; see ``RecurrentNetwork.forward``."""
+    if path is None or path == "chain":
+        return tuple(range(1, length))
+    if length == 1:
+        raise ValueError("a sequence of one chunk has one path, the chain")
+    tree = tree_of(length)
+    if isinstance(path, str):
+        return tree.rim if path == "tree" else tree.parse(path)
+    return tree.path(path) if isinstance(path, int) else tree.check_path(path)
+
+
+def check_sequences(network: RecurrentNetwork, x: Tensor) -> None:
+    """Raises ValueError unless x is (B, N, I) with at least one sequence of at least one chunk of the cell's width."""
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"sequences are (batch, chunks, inputs), none of them 0; got {tuple(x.shape)}")
+    if x.shape[2] != network.cell.inputs:
+        raise ValueError(f"the cell reads chunks of width {network.cell.inputs}; got {x.shape[2]}")
+
+
+def presence(lengths: Tensor | None, x: Tensor) -> Tensor | None:
+    """(B, N), false for the padding at the start of sequences (B, N, ...); None if there is none.
+
+    Raises:
+        ValueError: a length is not within 1..N.
+    """
+    if lengths is None:
+        return None
+    count = x.shape[1]
+    if lengths.shape != x.shape[:1] or not bool(((lengths >= 1) & (lengths <= count)).all()):
+        raise ValueError(f"lengths are (batch,), each from 1 to {count}; got {lengths.tolist()}")
+    return torch.arange(count, device=x.device) >= count - lengths[:, None].to(x.device)
+
+
+def padded_start(x: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The chunks (N, B, I) with zeros for the padding, and the time (B,) at which each sequence begins, as arcs take them.
+
+    ``present`` is (B, N), or None if there is no padding.
+    """
+    if present is None:
+        return x, None
+    return x * present.mT.unsqueeze(-1), (~present).sum(1)

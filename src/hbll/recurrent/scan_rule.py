@@ -1,0 +1,166 @@
+"""Scan over chunks: the deployed chain's own states and gradients, found in parallel over time.
+
+The sequence is cut into M chunks of G steps. *States*: all chunks run at once from guessed starts, and a linear coarse
+step between the chunks corrects the starts; K such sweeps. *Credit*: all chunks are walked back at once from guessed
+gradients at their ends, corrected by the transposed coarse step; Kc such sweeps. *Local update*: every step of the cell,
+all at once, along its own credit. The coarse step of a chunk is the product of its steps' *batch-mean* Jacobians, one
+matrix for all samples, whose slopes are those of the last training step. At K = M and Kc = M - 1 all is exact,
+whatever the coarse step (parareal, Lions et al. 2001; DEER, Lim et al. 2024, solves with each sample's own Jacobians).
+"""
+
+import torch
+from torch import Tensor
+
+from hbll import scan
+from hbll.losses import Loss, cross_entropy
+from hbll.models.cells import Cell, Slopes
+from hbll.recurrent.arcs import ArcCells, DepthCells
+from hbll.recurrent.chunks import chunked, coarse_step, pull, unchunked, unroll, unroll_recorded
+from hbll.recurrent.network import RecurrentNetwork
+from hbll.recurrent.step import RecurrentRule, RecurrentStep, head_credit, local_update
+from hbll.recurrent.tree_states import tree_states
+
+__all__ = ["ScanRule"]
+
+
+class ScanRule(RecurrentRule):
+    """Parallel chunks of time with a batch-mean Jacobian as coarse step.
+
+    Args:
+        network: a network like those that will be trained; only its shapes are read.
+        length: N, chunks of input per sequence; shorter ones are padded at the start.
+        chunk: G, time steps that are made one after the other.
+        sweeps: K, evaluations of all steps.
+        credit_sweeps: Kc, corrections of the credit.
+        guess: what the starts are at first: ``zero``, or what a *predictor tree* over the M chunks says, whose cells are
+            this module's parameters and learn from the corrected starts.
+        adapt: a defect above which the next step makes a sweep more, and below a third of which one less, but never
+            fewer than ``sweeps`` or more than M; reading it waits for the device. None keeps K.
+        loss: the label's loss.
+
+    Raises:
+        ValueError: a number below its least, or an unknown guess.
+    """
+
+    direct: Tensor
+    gated: Tensor
+    current: Tensor
+
+    def __init__(
+        self,
+        network: RecurrentNetwork,
+        length: int,
+        *,
+        chunk: int = 4,
+        sweeps: int = 3,
+        credit_sweeps: int = 1,
+        guess: str = "zero",
+        adapt: float | None = None,
+        loss: Loss = cross_entropy,
+    ) -> None:
+        super().__init__(loss)
+        if length < 1 or chunk < 1 or sweeps < 1 or credit_sweeps < 0:
+            raise ValueError(
+                "length, chunk and sweeps are at least 1 and credit_sweeps at least 0; "
+                f"got {length}, {chunk}, {sweeps}, {credit_sweeps}"
+            )
+        if guess not in ("zero", "tree"):
+            raise ValueError(f"guess is zero or tree; got {guess!r}")
+        cell = network.cell
+        self.length = length
+        self.chunk = min(chunk, length)
+        self.chunks = -(-length // self.chunk)
+        self.sweeps = sweeps
+        self.credit_sweeps = credit_sweeps
+        self.adapt = adapt
+        self.predictor: ArcCells | None = None
+        if guess == "tree" and self.chunks > 1:
+            levels = scan.levels(self.chunks)
+            self.predictor = DepthCells(type(cell), self.chunk * cell.inputs, cell.width, levels).to(cell.weight_hh)
+        # Batch means of the last training step's slopes; 0 before the first one, so that P = 0.
+        shape = (self.chunk, self.chunks, cell.parts)
+        self.register_buffer("direct", cell.weight_hh.new_zeros(*shape, cell.parts, cell.width))
+        self.register_buffer("gated", cell.weight_hh.new_zeros(*shape, cell.gates, cell.width))
+        self.register_buffer("current", torch.tensor(sweeps))
+
+    def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
+        if len(x) != self.length:
+            raise ValueError(f"this rule was made for sequences of {self.length} chunks; got {len(x)}")
+        cell = network.cell
+        present = self._present(x, present)
+        x = chunked(x, self.chunk)
+        driven = cell.project(x)
+        guess = self._guess(cell, x.detach())
+        with torch.no_grad():
+            coarse = coarse_step(Slopes(self.direct, self.gated, self.gated), cell.weight_hh)
+            starts = torch.cat([cell.initial(x.shape[2]).unsqueeze(0), guess.detach()])
+            sweeps = self.sweeps if self.adapt is None else int(self.current)
+            for _ in range(sweeps - 1):
+                ends = cell.bound(scan.correct(starts, unroll(cell, driven, present, starts), coarse))
+                starts = torch.cat([starts[:1], ends[:-1]])
+            before, recurrent, outs = unroll_recorded(cell, driven, present, starts)
+            ends = cell.bound(scan.correct(starts, outs, coarse))
+            defect = scan.defect(ends[:-1], starts[1:])
+            slopes = cell.slopes(driven, recurrent, before)
+            if present is not None:
+                slopes = slopes.held(present.to(before.dtype))
+            if network.every_step:
+                after = torch.cat([before[1:], outs.unsqueeze(0)])
+                label = head_credit(network, self.loss, cell.hidden(unchunked(after, self.length)), y)
+                own, last = chunked(cell.widen(label.credit), self.chunk), torch.zeros_like(outs[0])
+            else:
+                label = head_credit(network, self.loss, cell.hidden(ends[-1]), y)
+                own, last = None, cell.widen(label.credit)
+            credit = self._credit(cell, slopes, coarse, last, own)
+            if self.training:
+                self._remember(slopes, defect)
+        loss = local_update(network, driven, before, slopes, credit, label)
+        if self.predictor is not None:
+            loss = loss + (guess - ends[:-1]).square().sum(-1).mean(-1).sum()
+        return RecurrentStep(loss, *self._cost(network, sweeps), {self.length: label.loss}, defect, sweeps)
+
+    def _present(self, x: Tensor, present: Tensor | None) -> Tensor | None:
+        """(G, M, B), false where a step holds the state; None if none does."""
+        if present is None and self.length % self.chunk == 0:
+            return None
+        return chunked(x.new_ones(x.shape[:2], dtype=torch.bool) if present is None else present.mT, self.chunk)
+
+    def _guess(self, cell: Cell, x: Tensor) -> Tensor:
+        """The starts of all chunks but the first, (M-1, B, S H), with graph; x is (G, M, B, I)."""
+        if self.predictor is None:
+            return cell.initial(x.shape[2]).expand(self.chunks - 1, -1, -1)
+        return tree_states(self.predictor, x.permute(1, 2, 0, 3).flatten(2))
+
+    def _credit(self, cell: Cell, slopes: Slopes, coarse: scan.Coarse, last: Tensor, own: Tensor | None) -> Tensor:
+        """The gradients in the new state of every step (G, M, B, S H).
+
+        Args:
+            last: (B, S H), the gradient at the end of the sequence.
+            own: (G, M, B, S H), that of every step's own loss.
+        """
+        ends = torch.cat([last.new_zeros(self.chunks - 1, *last.shape), last.unsqueeze(0)])
+        if own is None:  # the coarse step alone takes the last gradient to the first chunk
+            pulled = torch.zeros_like(ends)
+            pulled[-1] = last @ coarse[0][-1]
+            ends = torch.cat([scan.correct_transposed(ends, pulled, coarse)[1:], ends[-1:]])
+        for _ in range(self.credit_sweeps):
+            _, pulled = pull(slopes, cell.weight_hh, ends, own)
+            ends = torch.cat([scan.correct_transposed(ends, pulled, coarse)[1:], ends[-1:]])
+        return pull(slopes, cell.weight_hh, ends, own)[0]
+
+    def _remember(self, slopes: Slopes, defect: Tensor) -> None:
+        self.direct.copy_(slopes.direct.mean(2))
+        self.gated.copy_(slopes.gated.mean(2))
+        if self.adapt is not None:
+            change = int(defect > self.adapt) - int(defect < self.adapt / 3)
+            self.current.fill_(min(max(int(self.current) + change, self.sweeps), self.chunks))
+
+    def _cost(self, network: RecurrentNetwork, sweeps: int) -> tuple[int, int]:
+        """Work and span; see ``RecurrentStep``. The coarse steps are made beside the first sweep and wait for nothing."""
+        steps = sweeps + self.credit_sweeps + 1
+        scans = sweeps + self.credit_sweeps + (not network.every_step)
+        work, span = self.length * (steps + 1), self.chunk * steps + scan.levels(self.chunks) * scans
+        if self.predictor is not None:
+            work += 2 * (self.chunks - 1)
+            span += scan.levels(self.chunks)
+        return work, span

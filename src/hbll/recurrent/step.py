@@ -1,0 +1,146 @@
+"""What every training rule for recurrent networks is: a module that is called with a network and a batch."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hbll.losses import Loss, cross_entropy
+from hbll.models.cells import Slopes
+from hbll.objective import NodeReport
+from hbll.recurrent.network import RecurrentNetwork, check_sequences, presence
+from hbll.trace import attach_gradients
+
+__all__ = ["LabelCredit", "RecurrentRule", "RecurrentStep", "head_credit", "local_update", "mean_loss", "mean_losses"]
+
+
+@dataclass(frozen=True)
+class RecurrentStep:
+    """What a call of a rule returns.
+
+    Work and span are counted in evaluations of a cell: a forward evaluation on one batch, a vector-Jacobian product for
+    its state and one for its weights are a unit each, a level of a scan over shared matrices is a unit of span. Heads and
+    input maps cost nothing; products for weights hang off the chain of dependent evaluations, for nothing waits for them.
+    """
+
+    loss: Tensor
+    """A scalar with graph; its gradients are the rule's updates."""
+    work: int
+    """All evaluations, those of the backward pass through ``loss`` counted in."""
+    span: int
+    """The longest chain of evaluations in which each needs the one before."""
+    errors: dict[int, Tensor] = field(default_factory=dict)
+    """The mean error of every node (time) that has one, in nats: scalars, so that nothing waits for the device."""
+    defect: Tensor | None = None
+    """How far the last sweep still moved the states, ||new - old|| / ||new||; None for a rule without sweeps."""
+    sweeps: int = 0
+    """Sweeps, or Newton iterations, that were made."""
+
+    @property
+    def nodes(self) -> dict[int, NodeReport]:
+        """A report per node; asking waits for the device."""
+        return {node: NodeReport(error.item()) for node, error in sorted(self.errors.items())}
+
+
+@dataclass(frozen=True)
+class LabelCredit:
+    """What the label says to given hidden states."""
+
+    loss: Tensor
+    """The mean loss, without graph."""
+    credit: Tensor
+    """Its gradient in the hidden states."""
+    weights: list[Tensor]
+    """The head's trainable weights."""
+    gradients: list[Tensor]
+    """Its gradients in them."""
+
+
+class RecurrentRule(nn.Module):
+    """A training rule.
+
+    Args:
+        loss: the label's loss, one value per label.
+    """
+
+    def __init__(self, loss: Loss = cross_entropy) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, network: RecurrentNetwork, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> RecurrentStep:
+        """One training step up to the loss.
+
+        Args:
+            network: the network to train.
+            x: what its embed takes; (B, N, I) afterwards, sequences of N chunks, shorter ones padded at the start.
+            y: labels, (B,), or (B, N) if the head reads every step (-100 where there is none).
+            lengths: (B,), the chunks of every sequence that are no padding; all by default.
+
+        Raises:
+            ValueError: sequences, lengths or labels of a wrong shape, or labels outside the classes.
+        """
+        x = network.embed(x)
+        check_sequences(network, x)
+        expected = x.shape[:2] if network.every_step else x.shape[:1]
+        if y.shape[: len(expected)] != expected:
+            raise ValueError(f"sequences {tuple(x.shape)} need labels {tuple(expected)}; got {tuple(y.shape)}")
+        if network.every_step:
+            y = y.transpose(0, 1)
+        return self.step(network, x.transpose(0, 1), y, presence(lengths, x))
+
+    def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
+        """``forward`` on checked input, time first: x (N, B, I), y (B,) or (N, B); present (B, N) as of ``presence``."""
+        raise NotImplementedError
+
+
+def local_update(
+    network: RecurrentNetwork,
+    driven: Tensor,
+    before: Tensor,
+    slopes: Slopes,
+    credit: Tensor,
+    label: LabelCredit,
+) -> Tensor:
+    """The loss whose gradients move every step of the chain along its credit, all steps at once.
+
+    Args:
+        driven: (..., Γ H), the projected inputs, with graph.
+        before: (..., S H), the states that the steps were made from.
+        slopes: of the steps.
+        credit: (..., S H), the gradients in the states that the steps made.
+        label: what the head learns.
+    """
+    cell = network.cell
+    recurrent, into_driven = slopes.gates(credit)
+    recurrent = recurrent.flatten(0, -2)
+    weight = recurrent.mT @ cell.hidden(before).flatten(0, -2)
+    return attach_gradients(
+        label.loss,
+        [driven, cell.weight_hh, cell.bias_hh, *label.weights],
+        [into_driven, weight, recurrent.sum(0), *label.gradients],
+    )
+
+
+def mean_losses(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of every row of predictions (n, ..., C) of labels (n, ...): (n,), with graph.
+
+    Labels of weight 0 do not count.
+    """
+    returned = loss(prediction, y)
+    values, weights = returned if isinstance(returned, tuple) else (returned, torch.ones_like(returned))
+    return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1)
+
+
+def mean_loss(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of predictions (..., C) of labels (...), a scalar with graph; labels of weight 0 do not count."""
+    return mean_losses(loss, prediction.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
+
+
+def head_credit(network: RecurrentNetwork, loss: Loss, hidden: Tensor, y: Tensor) -> LabelCredit:
+    """The label's loss on given hidden states (..., H) and labels (...), and its gradients."""
+    weights = [p for p in network.head.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        value = mean_loss(loss, network.head(leaf), y)
+    credit, *gradients = torch.autograd.grad(value, [leaf, *weights])
+    return LabelCredit(value.detach(), credit, weights, gradients)
