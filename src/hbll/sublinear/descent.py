@@ -14,7 +14,9 @@ from .problem import Problem
 from .rules import Rule
 from .solvers import System
 
-__all__ = ["Run", "descend"]
+__all__ = ["LARGEST", "Run", "descend"]
+
+LARGEST = 1e18  # of a target and of a step: their squares stay within float32
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ def descend(
         before = engine.work.copy()
         entry = {"fired": len(fired.points), "alive": now.alive}
         step = rule.step(System(problem, fired, now), now.outputs - target)
+        if not np.abs(step).max() < LARGEST:
+            raise ValueError(
+                f"the step of iteration {len(history) + 1} reaches {np.abs(step).max():.1e}: points almost coincide; "
+                "use levenberg-marquardt, or set a ridge"
+            )
         engine.move(fired, step)
         next_fired, trial = _look(problem, engine, rule)
         trial_loss = _loss(trial.outputs, target)
@@ -57,11 +64,6 @@ def descend(
         entry["operations"] = done.total() - done["rows_relisted"] + trial.work + solve
         entry["dense_operations"] = dense_operations(problem)
         history.append(entry)
-        if not np.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} after iteration {len(history)}: the steps are too long for these points; "
-                "use levenberg-marquardt, or set a ridge"
-            )
     moved = engine.coefficients()
     kept = Pairs(np.append(moved.starts[at_start], moved.starts[-1]), moved.points, moved.values)
     return Run(engine.neurons[at_start], kept, start, history, loss)
@@ -73,6 +75,5 @@ def _look(problem: Problem, engine: Engine, rule: Rule) -> tuple[Pairs, Tally]:
 
 
 def _loss(outputs: NDArray[np.float64], target: NDArray[np.float64]) -> float:
-    with np.errstate(over="ignore", invalid="ignore"):  # told as a loss that is not finite
-        residual = outputs - target
-        return 0.5 * float(residual @ residual)
+    residual = outputs - target
+    return 0.5 * float(residual @ residual)

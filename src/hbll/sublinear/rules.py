@@ -51,8 +51,9 @@ class GaussNewton:
 
 
 class LevenbergMarquardt(GaussNewton):
-    """Gauss-Newton with a ridge that follows how well the linear model foretold the loss; steps that raise it are
-    undone.
+    """Gauss-Newton with a ridge that follows how well the linear model foretold the loss; steps that raise it are undone.
+
+    The ridge changes by the rule of H. B. Nielsen, Damping parameter in Marquardt's method (1999).
     """
 
     LEAST, MOST = 1e-10, 1e10
@@ -61,6 +62,7 @@ class LevenbergMarquardt(GaussNewton):
         super().__init__(solver, ridge)
         self.least = max(ridge, self.LEAST)
         self.next = max(ridge, 1e-3)
+        self.growth = 2.0
         self.foretold = 0.0
 
     def step(self, system: System, residual: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -72,11 +74,13 @@ class LevenbergMarquardt(GaussNewton):
 
     def accept(self, before: float, after: float) -> bool:
         kept = after < before
-        gain = (before - after) / (before - self.foretold) if kept else 0.0
-        if gain > 0.75:
-            self.next = max(self.damping / 10, self.least)
-        elif gain < 0.25:
-            self.next = self.damping * 4
+        if kept:
+            gain = (before - after) / (before - self.foretold)
+            self.next = max(self.damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), self.least)
+            self.growth = 2.0
+        else:
+            self.next = self.damping * self.growth
+            self.growth *= 2
         return kept
 
     def exhausted(self) -> bool:

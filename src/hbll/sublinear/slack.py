@@ -31,7 +31,7 @@ def expected_reach(problem: Problem, targets: NDArray[np.float64]) -> NDArray[np
     (n, t), and the farthest target counts. A wrong guess costs time (rows computed anew, or long lists), never
     exactness.
     """
-    spread = np.abs(targets).max(axis=1) + 0.15 * np.sqrt(np.mean(targets**2))
+    spread = np.abs(targets).max(axis=1) + 0.15 * np.abs(targets).mean()
     return 1.5 * spread * problem.scale / problem.share
 
 

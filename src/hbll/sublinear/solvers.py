@@ -1,6 +1,6 @@
 """Solve G g = r for the Gram matrix G = J J^T = K o C / m of the network's Jacobian, plus a ridge."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -68,7 +68,7 @@ def cholesky(system: System, residual: NDArray[np.float64], ridge: float) -> NDA
         pivots = np.diagonal(factor) ** 2
         if pivots.min() <= len(system) * np.finfo(np.float64).eps * pivots.max():
             raise system.singular()
-        return linalg.cho_solve((factor, lower), residual, check_finite=False)
+        return np.asarray(linalg.cho_solve((factor, lower), residual, check_finite=False))
 
 
 @njit(nogil=True, cache=True)
@@ -90,6 +90,15 @@ def gram_times(system: System, vector: NDArray[np.float64]) -> NDArray[np.float6
             yield product
 
     return np.sum(in_chunks(work, len(system.fired.starts) - 1, ROWS), axis=0) / system.problem.width
+
+
+class _Operator(LinearOperator):
+    def __init__(self, n: int, times: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> None:
+        super().__init__(np.dtype(np.float64), (n, n))
+        self._times = times
+
+    def _matvec(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return self._times(x)
 
 
 @njit(nogil=True, cache=True)
@@ -115,9 +124,9 @@ def sketched(system: System, residual: NDArray[np.float64], ridge: float) -> NDA
         factor = linalg.cho_factor(estimate + ridge * np.eye(n), lower=True, overwrite_a=True)
     except linalg.LinAlgError:
         raise system.singular() from None
-    gram = LinearOperator((n, n), matvec=lambda v: gram_times(system, v) + ridge * v, dtype=np.float64)
-    before = LinearOperator((n, n), matvec=lambda v: linalg.cho_solve(factor, v), dtype=np.float64)
-    solution, failed = cg(gram, residual, rtol=PRECISION, M=before, maxiter=10 * n)
+    gram = _Operator(n, lambda vector: gram_times(system, vector) + ridge * vector)
+    preconditioner = _Operator(n, lambda vector: np.asarray(linalg.cho_solve(factor, vector)))
+    solution, failed = cg(gram, residual, rtol=PRECISION, M=preconditioner, maxiter=10 * n)
     if failed:
         raise system.singular()
     return solution

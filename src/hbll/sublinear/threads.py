@@ -21,7 +21,7 @@ Chunk = tuple[int, int]
 
 
 def thread_count() -> int:
-    return config.NUMBA_NUM_THREADS
+    return config.NUMBA_NUM_THREADS  # pyrefly: ignore[missing-attribute]
 
 
 @cache

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .compact import Compact
 from .cost import forecast, machine_bytes, refuse_beyond
 from .dense import Dense
-from .descent import Run, descend
+from .descent import LARGEST, Run, descend
 from .engine import ENGINES, Engine, EngineName
 from .model import Model
 from .problem import Problem, unit_rows
@@ -156,6 +156,8 @@ def _targets(y: ArrayLike, points: int) -> NDArray[np.float64]:
         )
     if not np.isfinite(targets).all():
         raise ValueError("y holds NaN or infinity")
+    if np.abs(targets).max() > LARGEST:
+        raise ValueError(f"y reaches {np.abs(targets).max():.1e}, and at most {LARGEST:g} can be fitted; scale it")
     return targets.reshape(points, -1)
 
 
