@@ -142,7 +142,7 @@ def record_batched(
         return vmap(call, randomness="different")(tensors[:-1], tensors[-1])
 
     try:
-        with _attention(inputs.device.type):
+        with _attention(inputs.device.type), torch.random.fork_rng(_devices(inputs)):
             graph = make_fx(batched)(*(p.detach() for p in stacked), inputs.detach())
     except RuntimeError as error:
         raise ValueError(
@@ -180,8 +180,7 @@ def _same_gradients(
     def close(first: Tensor, second: Tensor) -> bool:
         return bool(((first - second).abs() <= torch.finfo(second.dtype).eps ** 0.5 * second.abs().max()).all())
 
-    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(_devices(tensors[-1])), torch.enable_grad():
         first = results(recorded)
         try:
             with _attention(tensors[-1].device.type):
@@ -189,6 +188,11 @@ def _same_gradients(
         except RuntimeError:  # fused operations that vmap leaves without a derivative, but a recording takes apart
             return True
     return len(first) == len(second) and all(map(close, first, second))
+
+
+def _devices(tensor: Tensor) -> list[torch.device]:
+    # Those beside the CPU whose random state a recording must leave as it was, so that a resumed run draws the same.
+    return [tensor.device] if tensor.device.type == "cuda" else []
 
 
 def _attention(device: str) -> AbstractContextManager[object]:

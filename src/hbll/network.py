@@ -88,7 +88,9 @@ class TreeNetwork(nn.Module):
         """Writes ``weights.safetensors`` and ``network.json`` into a folder."""
         folder = FilePath(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_model(self, str(folder / "weights.safetensors"))
+        # Clones, because safetensors refuses tensors that share memory, as those of a block used twice do.
+        weights = {name: tensor.detach().clone().contiguous() for name, tensor in self.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / "weights.safetensors")
         (folder / "network.json").write_text(json.dumps(self._configuration(), indent=2) + "\n")
 
     def load(self, folder: str | FilePath) -> None:
@@ -101,7 +103,7 @@ class TreeNetwork(nn.Module):
         saved = json.loads((folder / "network.json").read_text())
         if saved != self._configuration():
             raise ValueError(f"{folder} holds another network: {saved}, and this one is {self._configuration()}")
-        safetensors.torch.load_model(self, str(folder / "weights.safetensors"))
+        self.load_state_dict(safetensors.torch.load_file(folder / "weights.safetensors"))
 
     def _configuration(self) -> dict:
         shapes = {name: list(tensor.shape) for name, tensor in self.state_dict().items()}
