@@ -1,0 +1,324 @@
+"""Engines. Oracle: calling the blocks one by one, with autograd."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hbll
+
+WIDTH, BATCH, CLASSES = 4, 3, 3
+BLOCKS = 7
+
+
+class Dense(nn.Module):
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, state):
+        return torch.tanh(self.linear(state))
+
+
+class StraightThrough(Dense):
+    """Binary units with the gradient of their inputs."""
+
+    def forward(self, state):
+        hidden = self.linear(state)
+        return hidden + (torch.sign(hidden) - hidden).detach()
+
+
+class WithoutGradient(Dense):
+    """A norm that the gradient does not see."""
+
+    def forward(self, state):
+        hidden = self.linear(state)
+        with torch.no_grad():
+            scale = hidden.norm(dim=-1, keepdim=True)
+        return hidden / scale
+
+
+class Sign(torch.autograd.Function):
+    """The sign, with a backward of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return torch.sign(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() < 1)
+
+
+class OwnBackward(Dense):
+    def forward(self, state):
+        return Sign.apply(self.linear(state))
+
+
+class InPlace(Dense):
+    def forward(self, state):
+        return F.relu(self.linear(state).mul_(2.0).add_(state), inplace=True)
+
+
+class Tied(nn.Module):
+    """Encoder and decoder with one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.down.weight = self.up.weight
+
+    def forward(self, state):
+        return self.down(torch.tanh(self.up(state)))
+
+
+class Captured(Dense):
+    """Uses a module of somebody else's beside its own."""
+
+    common = nn.Linear(WIDTH, WIDTH).double()
+
+    def __init__(self):
+        super().__init__()
+        self.others = (Captured.common,)
+
+    def forward(self, state):
+        return super().forward(state) + self.others[0](state)
+
+
+class Constants(Dense):
+    def __init__(self, taps):
+        super().__init__()
+        self.taps = taps
+
+    def forward(self, state):
+        return super().forward(state) * float(self.taps[0].sum())
+
+
+class Branch(Dense):
+    """Decides by values, which no batched call can."""
+
+    def forward(self, state):
+        return super().forward(state) if state.sum() > 0 else -super().forward(state)
+
+
+def network(make, blocks=BLOCKS, seed=0):
+    torch.manual_seed(seed)
+    made = [make() for _ in range(blocks)]
+    net = hbll.TreeNetwork(nn.Linear(WIDTH, WIDTH), made, nn.Linear(WIDTH, CLASSES)).double()
+    return net, torch.randn(BATCH, WIDTH, dtype=torch.float64), torch.arange(BATCH) % CLASSES
+
+
+def gradients(net, objective, x, y):
+    net.zero_grad()
+    step = objective(net, x, y)
+    step.loss.backward()
+    return step, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
+
+
+def assert_engines_agree(net, x, y, **options):
+    loop, expected = gradients(net, hbll.Objective("paper", engine="loop", **options), x, y)
+    batched, actual = gradients(net, hbll.Objective("paper", engine="batched", **options), x, y)
+    assert (loop.engine, batched.engine) == ("loop", "batched")
+    torch.testing.assert_close(batched.loss, loop.loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-9, atol=1e-12)
+    assert max(g.abs().max() for g in expected.values()) > 0
+
+
+@pytest.mark.parametrize("scope", ["block", "tree"])
+@pytest.mark.parametrize("make", [StraightThrough, WithoutGradient, OwnBackward, InPlace, Tied, Captured])
+def test_blocks_of_unusual_gradients(make, scope):
+    assert_engines_agree(*network(make), scope=scope)
+
+
+def test_captured_modules_are_trained_by_both_engines():
+    net, x, y = network(Captured)
+    found = []
+    for engine in ("loop", "batched"):
+        Captured.common.zero_grad()
+        gradients(net, hbll.Objective("paper", engine=engine), x, y)
+        found.append(Captured.common.weight.grad.clone())
+    torch.testing.assert_close(*found)
+    assert found[0].abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("training", [True, False])
+def test_torchs_own_transformer_layer(training):
+    def make():
+        return nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True)
+
+    net, *_ = network(make, 3)
+    x = torch.randn(BATCH, 5, WIDTH, dtype=torch.float64)
+    assert_engines_agree(net.train(training), x, torch.randint(CLASSES, (BATCH, 5)))
+
+
+def test_architectures_are_grouped():
+    def kinds():
+        yield from (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4))
+        yield from (Dense() for _ in range(4))
+        yield from (nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh()) for _ in range(4))
+        yield nn.Identity()
+        yield nn.LayerNorm(WIDTH, eps=1e-3)
+        yield nn.LayerNorm(WIDTH, eps=1e-5)
+
+    made = kinds()
+    net, x, y = network(lambda: next(made), 15)
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(0)).tolist()
+    net.blocks = nn.ModuleList(net.blocks[i] for i in order)
+    assert_engines_agree(net, x, y)
+    engine = hbll.Objective("paper", engine="batched").stages(net).engine
+    positions = {old: new + 1 for new, old in enumerate(order)}
+    expected = [
+        {positions[i] for i in group} for group in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12], [13], [14])
+    ]
+    groups = [set(group) for group in engine.groups(range(1, 16))]
+    assert sorted(map(sorted, groups)) == sorted(map(sorted, expected))
+
+
+def hooked():
+    block = Dense()
+    block.linear.register_forward_hook(lambda module, args, output: output * 2)
+    return block
+
+
+UNSTACKABLE = {
+    "buffers": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)),
+    "hooks": hooked,
+    "tensor attributes": lambda: Constants(torch.ones(2)),
+    "lists of tensors": lambda: Constants([torch.ones(3), torch.zeros(2)]),
+    "arrays": lambda: Constants(np.ones((2, 2))),
+}
+
+
+@pytest.mark.parametrize("why", UNSTACKABLE)
+def test_blocks_that_cannot_be_stacked(why):
+    net, x, y = network(UNSTACKABLE[why])
+    with pytest.raises(ValueError, match=r"no two blocks can be stacked.*engine='loop'"):
+        hbll.Objective("paper", engine="batched")(net, x, y)
+    step = hbll.Objective("paper", engine="auto")(net, x, y)
+    assert step.engine == "loop"
+    step.loss.backward()
+    assert net.blocks[0].training
+
+
+def test_different_plain_attributes_are_different_architectures():
+    rates = iter(range(BLOCKS))
+    net, x, y = network(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(next(rates) / 10)))
+    with pytest.raises(ValueError, match="no two blocks can be stacked"):
+        hbll.Objective("paper", engine="batched")(net, x, y)
+
+
+def test_a_branch_on_values_is_refused_or_falls_back():
+    net, x, y = network(Branch)
+    with pytest.raises(ValueError, match="blocks of type Branch cannot be stacked"):
+        hbll.Objective("paper", engine="batched")(net, x, y)
+    objective = hbll.Objective("paper", engine="auto")
+    with pytest.warns(UserWarning, match="blocks of type Branch cannot be stacked.*one by one"):
+        first, found = gradients(net, objective, x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        step, again = gradients(net, objective, x, y)
+    expected = gradients(net, hbll.Objective("paper", engine="loop"), x, y)[1]
+    assert first.engine == step.engine == "loop"
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(again[name], expected[name])
+
+
+class TestChoice:
+    """Which engine auto takes."""
+
+    @pytest.mark.parametrize(
+        ("make", "blocks", "chosen"),
+        [
+            (Dense, 7, "batched"),
+            (Dense, 1, "loop"),
+            (lambda: nn.BatchNorm1d(WIDTH), 7, "loop"),
+        ],
+    )
+    def test_by_what_can_be_stacked(self, make, blocks, chosen):
+        net, x, y = network(make, blocks)
+        assert hbll.Objective("paper")(net, x, y).engine == chosen
+
+    def test_large_blocks_on_a_cpu_and_depthwise_convolutions_are_looped(self):
+        torch.manual_seed(0)
+        large = hbll.TreeNetwork(nn.Linear(2, 400), [nn.Linear(400, 400) for _ in range(3)], nn.Linear(400, CLASSES))
+        assert hbll.Objective("paper")(large, torch.randn(BATCH, 2), torch.arange(BATCH)).engine == "loop"
+        blocks = [nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(3)]
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+        depthwise = hbll.TreeNetwork(nn.Conv2d(1, 4, 1), blocks, head)
+        x = torch.randn(BATCH, 1, 5, 5)
+        assert hbll.Objective("paper")(depthwise, x, torch.arange(BATCH)).engine == "loop"
+
+    def test_the_users_choice_is_kept(self):
+        net, x, y = network(Dense)
+        for engine in ("loop", "batched"):
+            assert hbll.Objective("paper", engine=engine)(net, x, y).engine == engine
+
+
+class TestRandomness:
+    """Dropout under the batched engine."""
+
+    @staticmethod
+    def dropping(blocks=4):
+        return network(lambda: nn.Dropout(0.5), blocks)
+
+    def test_every_node_draws_a_mask_of_its_own(self):
+        net, *_ = self.dropping(3)
+        ones = torch.ones(2, 200, WIDTH, dtype=torch.float64)
+        engine = hbll.Objective("paper", engine="batched").stages(net).engine
+        torch.manual_seed(0)
+        first, second = engine((1, 3), ones).outputs
+        assert set(torch.cat([first, second]).unique().tolist()) == {0.0, 2.0}
+        # Independent masks agree in half of the places.
+        assert (first == second).double().mean().item() == pytest.approx(0.5, abs=0.07)
+        for mask in (first, second):
+            assert (mask == 0).double().mean().item() == pytest.approx(0.5, abs=0.07)
+        again, _ = engine((1, 3), ones).outputs
+        assert (again == first).double().mean().item() == pytest.approx(0.5, abs=0.07)
+
+    @pytest.mark.parametrize("preset", ["paper", "tree"])
+    def test_masks_follow_the_seed_and_the_mode(self, preset):
+        net, x, y = network(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)))
+        objective = hbll.Objective(preset, engine="batched")
+
+        def loss(seed):
+            torch.manual_seed(seed)
+            return objective(net, x, y).loss.item()
+
+        loss(0)  # recorded
+        assert loss(1) == loss(1)
+        assert loss(1) != loss(2)
+        net.eval()
+        assert loss(1) == loss(2)
+        torch.testing.assert_close(loss(1), hbll.Objective(preset, engine="loop")(net, x, y).loss.item())
+        net.train()
+        assert loss(1) != loss(2)
+
+    def test_the_first_step_draws_what_any_step_draws(self):
+        # Recording must not move the random state: a resumed run records anew.
+        net, x, y = network(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)))
+        objective = hbll.Objective("paper", engine="batched")
+        torch.manual_seed(3)
+        first = objective(net, x, y).loss.item()
+        torch.manual_seed(3)
+        assert objective(net, x, y).loss.item() == first
+
+
+def test_the_shape_is_checked_block_by_block():
+    net, x, y = network(Dense)
+    net.blocks[5] = nn.Linear(WIDTH, WIDTH + 2).double()
+    for engine in ("loop", "batched"):
+        with pytest.raises(ValueError, match=r"block 6 changes the state's shape from \(3, 4\) to \(3, 6\)"):
+            hbll.Objective("paper", engine=engine)(net, x, y)

@@ -1,0 +1,80 @@
+"""The options of a rule: presets as the specification defines them, and one sentence for what cannot be."""
+
+import pickle
+
+import pytest
+
+from hbll.rule import PRESETS, Rule, make_rule
+
+
+def test_presets_of_the_specification():
+    paper, tree, bp = (make_rule(name, {}) for name in ("paper", "tree", "bp"))
+    assert (paper.states, paper.boundary, paper.credit, paper.scope) == ("tree", "posterior", "arcs", "block")
+    assert (tree.states, tree.boundary, tree.credit, tree.scope) == ("tree", "prior", "arcs", "triplet")
+    assert (bp.states, bp.credit) == ("chain", "exact")
+    for rule in (paper, tree):
+        assert rule.inversion == "taylor"
+        assert (rule.variance, rule.label_variance, rule.step, rule.noise) == (1.0, 1.0, 0.5, 0.0)
+        assert rule.family == "gaussian"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_options_replace_the_presets(name):
+    rule = make_rule(name, {"variance": 3.0, "engine": "loop"})
+    assert rule == Rule(**{**PRESETS[name], "variance": 3.0, "engine": "loop"})
+    assert rule != make_rule(name, {})
+    assert pickle.loads(pickle.dumps(rule)) == rule
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("papper", "paper"), ("tre", "tree"), ("bpp", "bp")])
+def test_the_nearest_rule_is_named(typed, meant):
+    with pytest.raises(ValueError, match=f"unknown rule '{typed}'; did you mean {meant}"):
+        make_rule(typed, {})
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("boundry", "boundary"), ("label_varaince", "label_variance"), ("los", "loss")]
+)
+def test_the_nearest_option_is_named(typed, meant):
+    with pytest.raises(ValueError, match=f"unknown option '{typed}'; did you mean {meant}"):
+        make_rule("paper", {typed: 1})
+
+
+def test_all_rules_are_listed_if_none_is_near():
+    with pytest.raises(ValueError, match="there are") as caught:
+        make_rule("12345", {})
+    assert all(name in str(caught.value) for name in PRESETS)
+
+
+@pytest.mark.parametrize("option", ["states", "boundary", "credit", "scope", "inversion", "family", "engine"])
+def test_choices_are_listed(option):
+    with pytest.raises(ValueError, match=f"{option} is one of .*; got 'nonsense'"):
+        Rule(**{option: "nonsense"})
+
+
+@pytest.mark.parametrize("option", ["step", "variance", "label_variance"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_scales_are_positive(option, value):
+    with pytest.raises(ValueError, match=f"{option} must be positive"):
+        Rule(**{option: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"noise": -0.1},
+        {"iterations": 0},
+        {"inversion": "exact", "family": "categorical"},
+        {"states": "chain", "boundary": "posterior"},
+        {"states": "tree", "boundary": "prior", "credit": "exact"},
+        {"states": "chain", "boundary": "prior", "credit": "arcs", "path": "4-6"},
+    ],
+)
+def test_what_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match=r"\w{4,}"):
+        Rule(**options)
+
+
+def test_a_rule_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        make_rule("paper", {}).step = 1.0
