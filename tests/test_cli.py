@@ -226,6 +226,14 @@ def test_a_missing_extra_is_told_with_what_to_install(hbll, monkeypatch):
     assert hbll("sublinear", "bench", "--width", "64") == (2, "", sentence)
 
 
+def test_a_sigmoid_network_learns_mnist_from_the_published_files(hbll, mnist_folder):
+    options = ["--depth", "2", "--epochs", "1", "--train-samples", "12800", "--method", "paper", "--run-dir", "run"]
+    assert hbll("train", "mnist-mlp", *options, "--data-dir", mnist_folder)[0] == 0
+    code, out, _ = hbll("evaluate", "run", "--json")  # which finds the data where the run did
+    assert code == 0
+    assert all(path["accuracy"] > 0.5 for path in json.loads(out)["paths"])
+
+
 def test_ctrl_c_saves_the_run_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "hbll", "train", "digits", "--epochs", "100000", "--run-dir", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -13,7 +13,7 @@ from hbll.training.loop import Interrupted, train
 from hbll.training.run import Run, open_run
 
 Digits = RECIPES["digits"]
-SMALL = Digits(blocks=3, width=8, epochs=3, train_samples=300)  # four steps an epoch
+SMALL = Digits(blocks=3, width=8, epochs=3, train_samples=300, learning_rate=1e-3)  # four steps an epoch
 
 
 class Noisy(Digits):
@@ -69,18 +69,15 @@ def be_killed():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "method"),
-    [
-        (SMALL, "paper"),
-        (SMALL, "tree"),
-        (SMALL, "scan"),
-        (SMALL, "stream"),
-        (replace(SMALL, schedule="cosine"), "bp"),
-        (replace(SMALL, schedule="linear"), "paper"),
-        (Noisy(**vars(SMALL)), "paper"),
+    ("recipe", "method", "step"),
+    [(SMALL, "paper", step) for step in (0, 3, 4)]
+    + [(SMALL, method, 6) for method in PRESETS]
+    + [
+        (replace(SMALL, schedule="cosine"), "bp", 6),
+        (replace(SMALL, schedule="linear"), "bp", 6),
+        (Noisy(**vars(SMALL)), "paper", 6),
     ],
 )
-@pytest.mark.parametrize("step", [0, 3, 4, 9])
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, step):
     whole, stopped = run_in(tmp_path / "whole", recipe, method), run_in(tmp_path / "stopped", recipe, method)
     train(whole)
@@ -214,7 +211,7 @@ def test_seeds_differ_in_their_order_and_epochs_too(tmp_path):
 @pytest.mark.parametrize("method", PRESETS)
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, method):
     run = run_in(tmp_path, Poisoned(**vars(SMALL)), method)
-    with pytest.raises(ValueError, match=r"NaN or infinite in step \d of epoch 1, first at node \d"):
+    with pytest.raises(ValueError, match=r"NaN or infinite in step \d of epoch 1, first (at|in the weights of) "):
         train(run)
     state = checkpoint.load(run.checkpoint_file)
     assert (state["epoch"], state["position"]) == (0, 0)

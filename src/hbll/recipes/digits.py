@@ -25,6 +25,9 @@ class Digits(Recipe):
     epochs: int = 30
     """Passes over the training samples."""
 
+    learning_rate: float = 2e-3
+    """AdamW's, at its highest."""
+
     def load(self, data_dir: Path | None) -> Splits:
         return data.digits()
 

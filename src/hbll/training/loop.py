@@ -86,7 +86,9 @@ class Training:
         self.network = recipe.initial_network(run.seed).to(device())
         self.objective = recipe.objective(run.method).prepare(self.network).to(device())
         weights = [*self.network.parameters(), *self.objective.parameters()]
-        self.optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        )
         self.steps_per_epoch = len(samples) // recipe.batch_size
         self.scheduler = scheduler(recipe.schedule, self.optimizer, recipe.epochs * self.steps_per_epoch)
         self.epoch = 0

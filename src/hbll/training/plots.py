@@ -64,7 +64,7 @@ def accuracy_by_path(histories: Histories) -> str:
             paths = sorted(runs[0][-1].accuracy, key=_blocks)
             shares = 100 * np.array([[run[-1].accuracy[path] for path in paths] for run in runs])
             middle = shares.mean(0)
-            ranges = [middle - shares.min(0), shares.max(0) - middle]
+            ranges = np.maximum(0, [middle - shares.min(0), shares.max(0) - middle])  # a mean is rounded
             blocks = [_blocks(path) for path in paths]
             axes.errorbar(blocks, middle, ranges, color=colour, marker=marker, capsize=3, label=method)
         names = [path if _blocks(path) < 6 else "chain" for path in paths]
