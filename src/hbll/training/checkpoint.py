@@ -27,10 +27,10 @@ def save(file: Path, state: Nest) -> None:
     write_atomically(file, safetensors.torch.save(tensors, metadata))
 
 
-def load(file: Path) -> Nest:
-    """What was saved, its tensors on the CPU; ValueError naming the file when it is missing or damaged."""
+def load(file: Path, device: torch.device | str = "cpu") -> Nest:
+    """What was saved, its tensors on `device`; ValueError naming the file when it is missing or damaged."""
     try:
-        with safe_open(file, framework="pt") as stored:
+        with safe_open(file, framework="pt", device=str(device)) as stored:
             outline = json.loads(stored.metadata()["outline"])
             return _put_together(outline, stored)
     except (OSError, SafetensorError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hbll.data import Samples
-from hbll.objective import Step
+from hbll.objective import NodeReport, Step
 from hbll.training import checkpoint, metrics
 from hbll.training.device import device
 from hbll.training.divergence import DivergedError, all_finite, place_in_loss, place_in_weights
@@ -118,8 +118,7 @@ class Training:
 
     def end_epoch(self, test: Samples) -> Metrics:
         """Measures and diagnoses the network, and makes ready for the next epoch."""
-        diagnosed = self.samples[:DIAGNOSED_SAMPLES]
-        reports = self.objective.diagnose(self.network, diagnosed.inputs, diagnosed.labels)
+        reports = self._diagnose()
         shares = accuracies(self.network, test, usual_paths(self.network))
         self.epoch += 1
         result = Metrics(
@@ -134,6 +133,14 @@ class Training:
         )
         self._start_epoch()
         return result
+
+    def _diagnose(self) -> dict[int, NodeReport]:
+        samples = self.samples[:DIAGNOSED_SAMPLES]
+        try:
+            return self.objective.diagnose(self.network, samples.inputs, samples.labels)
+        except ValueError:  # an asynchronous pipeline never has the gradients of one batch at hand
+            self.objective.train()
+            return {}
 
     def save(self) -> None:
         """Replaces the checkpoint by the present state; DivergedError, leaving the old one, when that is no good."""
@@ -154,17 +161,17 @@ class Training:
 
     def restore(self) -> None:
         """Goes back to the checkpoint; ValueError when it is missing or damaged."""
-        state = checkpoint.load(self.run.checkpoint_file)
+        state = checkpoint.load(self.run.checkpoint_file, device())
         self.network.load_state_dict(state["network"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["random"])
+        torch.set_rng_state(state["random"].cpu())
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+            torch.cuda.set_rng_state_all([random.cpu() for random in state["random_cuda"]])
         self.epoch = state["epoch"]
         self.position = state["position"]
-        self.loss_sum = state["loss_sum"].to(device())
+        self.loss_sum = state["loss_sum"]
         self.seconds = state["seconds"]
 
     def _order(self) -> Tensor:

@@ -33,7 +33,8 @@ class Metrics:
     """Of the epoch's last step, in block evaluations (the specification's units)."""
 
     nodes: dict[str, dict[str, float | None]]
-    """Each node's report on one batch at the end of the epoch (see `hbll.NodeReport`); None where undefined."""
+    """Each node's report on one batch at the end of the epoch (see `hbll.NodeReport`); None where undefined, and
+    no node at all for a rule that cannot be diagnosed."""
 
 
 def append(file: Path, metrics: Metrics) -> None:
