@@ -824,6 +824,15 @@ class TestOrdinaryTraining:
         assert all(p.grad is None for p in net.parameters())
 
     @every_engine
+    def test_a_block_replaced_after_the_first_step(self, engine):
+        net, x, y = mlp()
+        objective = hbll.Objective("paper", engine=engine)
+        objective(net, x, y)
+        net.blocks[3] = Layer().double()
+        expected, _ = reference_loss(net, x, y)
+        assert_equal_gradients(gradients(net, objective(net, x, y).loss), gradients(net, expected))
+
+    @every_engine
     def test_a_block_used_twice(self, engine):
         net, x, y = mlp(4)
         first, second, _ = net.blocks

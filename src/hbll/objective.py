@@ -116,10 +116,11 @@ class Objective(nn.Module):
         self._stages: WeakKeyDictionary[TreeNetwork, Stages] = WeakKeyDictionary()
 
     def stages(self, network: TreeNetwork) -> Stages:
-        """The network's stages and the engine that evaluates them, made when the objective first sees the network."""
-        if network not in self._stages:
-            self._stages[network] = Stages(network.blocks, self.rule.stage, self.rule.engine)
-        return self._stages[network]
+        """The network's stages and the engine that evaluates them, made when the objective first sees these blocks."""
+        stages = self._stages.get(network)
+        if stages is None or stages.blocks != list(network.blocks):
+            stages = self._stages[network] = Stages(network.blocks, self.rule.stage, self.rule.engine)
+        return stages
 
     def prepare(self, network: TreeNetwork) -> "Objective":
         """Makes the parameters that a rule has beside the network's (a predictor tree has, most rules have none).

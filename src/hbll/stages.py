@@ -24,6 +24,7 @@ class Stages:
         engine: ``auto``, ``loop`` or ``batched``, see ``make_engine``.
 
     Attributes:
+        blocks: the blocks that were cut; a network whose blocks are replaced needs new stages.
         numbers: the blocks of every stage by their numbers in the network.
         tree: the binary tree over the stages.
         engine: evaluates stages.
@@ -31,6 +32,7 @@ class Stages:
     """
 
     def __init__(self, blocks: nn.ModuleList, size: int, engine: str) -> None:
+        self.blocks = list(blocks)
         everything = range(1, len(blocks) + 1)
         self.numbers = [tuple(everything[start : start + size]) for start in range(0, len(blocks), size)]
         self.tree = Tree(len(self.numbers) + 1)
