@@ -69,13 +69,15 @@ class Slopes:
         """J as a matrix, (..., S H, S H)."""
         parts, _, width = self.direct.shape[-3:]
         weights = weight_hh.view(-1, width, width)
-        through = self.gated[..., 0, :, None] * weights[0]  # (..., S, H, H)
+        through = self.gated[..., 0, :, None] * weights[0]  # (..., S, H, H), of every part in the hidden state
         for gate in range(1, len(weights)):
-            through = torch.addcmul(through, self.gated[..., gate, :, None], weights[gate])
-        blocks = torch.diag_embed(self.direct)  # (..., S, S, H, H)
-        hidden = blocks[..., :1, :, :] + through.unsqueeze(-3)
-        blocks = torch.cat([hidden, blocks[..., 1:, :, :]], -3)
-        return blocks.transpose(-3, -2).reshape(*self.direct.shape[:-3], parts * width, parts * width)
+            through.addcmul_(self.gated[..., gate, :, None], weights[gate])
+        through.diagonal(dim1=-2, dim2=-1).add_(self.direct[..., 0, :])
+        if parts == 1:
+            return through.squeeze(-3)
+        others = torch.diag_embed(self.direct[..., 1:, :]).transpose(-4, -3)  # (..., S-1, S, H, H)
+        columns = torch.cat([through.unsqueeze(-4), others], -4)  # by part of the old state, then of the new one
+        return columns.movedim(-4, -2).flatten(-4, -3).flatten(-2)
 
 
 def _collect(values: Tensor) -> Tensor:

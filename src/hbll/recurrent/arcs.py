@@ -7,7 +7,7 @@ the chunks (arXiv 2606.21497, section 4.5 and appendix). Either way an arc of on
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class ArcCells(nn.Module):
     @property
     def chain(self) -> Cell:
         """The cell of arcs of one chunk: the deployed network."""
-        return self.cells[0]  # ty: ignore
+        return cast(Cell, self.cells[0])
 
     def cell(self, arc: Arc) -> int:
         """Which of the cells an arc has."""

@@ -43,7 +43,7 @@ class FusedBackpropagation(RecurrentRule):
     def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
         if present is not None:
             raise ValueError("the fused baseline needs sequences of equal length; method bptt takes unequal ones")
-        weights = {f"{name}_l0": value for name, value in network.cell.named_parameters()}
+        weights: dict[str, Tensor] = {f"{name}_l0": value for name, value in network.cell.named_parameters()}
         hidden, _ = functional_call(self._fused[0], weights, (x.transpose(0, 1),))
         hidden = hidden.transpose(0, 1)
         return exact_step(network, hidden if network.every_step else hidden[-1], y, len(x), self.loss)

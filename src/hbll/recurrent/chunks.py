@@ -81,14 +81,15 @@ def pull(slopes: Slopes, weight_hh: Tensor, ends: Tensor, own: Tensor | None) ->
     return torch.stack(at_step[::-1]), credit
 
 
-def coarse_step(slopes: Slopes, weight_hh: Tensor) -> scan.Coarse:
-    """The coarse steps of all chunks: products of their steps' Jacobians, one matrix per chunk for all samples.
+def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    """The coarse steps of all chunks, one matrix per chunk for all samples: G times the chunk's mean Jacobian.
+
+    The product of the Jacobians of the chunk's steps, each averaged over the batch alone, does no better and costs G - 1
+    matrix products and G Jacobians where this costs log2 G and one.
 
     Args:
-        slopes: of every step, averaged over the batch: (G, M, ..).
+        slopes: averaged over the batch and over the steps of every chunk: (M, ..).
         weight_hh: the recurrent weights.
+        chunk: G.
     """
-    product = slopes[0].jacobian(weight_hh)
-    for step in range(1, len(slopes.direct)):
-        product = slopes[step].jacobian(weight_hh) @ product
-    return scan.windows(product)
+    return scan.windows(torch.linalg.matrix_power(slopes.jacobian(weight_hh), chunk))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from hbll.recurrent.arcs import ArcCells
 from hbll.tree import Path, Tree
 
 __all__ = ["RecurrentNetwork", "check_sequences", "padded_start", "presence", "tree_of"]
+
+ExportedT = TypeVar("ExportedT", bound=nn.Module)
 
 tree_of = lru_cache(maxsize=64)(Tree)
 """The tree over times 0..N; made once for every length."""
@@ -107,19 +110,25 @@ class RecurrentNetwork(nn.Module):
         Raises:
             ValueError: torch has no such cell.
         """
-        return _load({GRU: nn.GRUCell, LSTM: nn.LSTMCell}, self.cell, "")
+        cell = self.cell
+        return _load(_kind(cell, GRU=nn.GRUCell, LSTM=nn.LSTMCell)(cell.inputs, cell.width), cell, "")
 
     def export_sequence(self) -> nn.GRU | nn.LSTM:
         """The deployed chain as nn.GRU or nn.LSTM with batch_first, which cuDNN runs fused; else as ``export_cell``."""
-        return _load({GRU: nn.GRU, LSTM: nn.LSTM}, self.cell, "_l0", batch_first=True)
+        cell = self.cell
+        return _load(_kind(cell, GRU=nn.GRU, LSTM=nn.LSTM)(cell.inputs, cell.width, batch_first=True), cell, "_l0")
 
 
-def _load(kinds: dict, cell: Cell, suffix: str, **options: bool) -> nn.Module:
-    if type(cell) not in kinds:
-        raise ValueError(f"torch has no recurrent network like {type(cell).__name__}: export a GRU or an LSTM")
-    exported = kinds[type(cell)](cell.inputs, cell.width, **options).to(cell.weight_hh)
+def _kind(cell: Cell, **kinds: Any) -> Any:
+    name = type(cell).__name__
+    if type(cell) not in (GRU, LSTM):
+        raise ValueError(f"torch has no recurrent network like {name}: only a GRU or an LSTM can be exported")
+    return kinds[name]
+
+
+def _load(exported: ExportedT, cell: Cell, suffix: str) -> ExportedT:
     exported.load_state_dict({name + suffix: value for name, value in cell.state_dict().items()})
-    return exported
+    return exported.to(cell.weight_hh)
 
 
 def resolve(path: str | int | Sequence[int] | None, length: int) -> Path:
@@ -135,11 +144,16 @@ def resolve(path: str | int | Sequence[int] | None, length: int) -> Path:
 
 
 def check_sequences(network: RecurrentNetwork, x: Tensor) -> None:
-    """Raises ValueError unless x is (B, N, I) with at least one sequence of at least one chunk of the cell's width."""
+    """Raises ValueError unless x is (B, N, I) with at least one sequence of at least one chunk of the cell's width.
+
+    On a CPU also if it holds a NaN; on a GPU looking would stall it, and the training loop finds the NaN of the loss.
+    """
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"sequences are (batch, chunks, inputs), none of them 0; got {tuple(x.shape)}")
     if x.shape[2] != network.cell.inputs:
         raise ValueError(f"the cell reads chunks of width {network.cell.inputs}; got {x.shape[2]}")
+    if x.device.type == "cpu" and bool(x.isnan().any()):
+        raise ValueError("a sequence holds NaN, which is not a number to learn from")
 
 
 def presence(lengths: Tensor | None, x: Tensor) -> Tensor | None:

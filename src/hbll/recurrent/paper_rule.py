@@ -13,6 +13,7 @@ from hbll import scan
 from hbll.inversion import taylor
 from hbll.losses import Loss, cross_entropy
 from hbll.recurrent.arcs import Arc
+from hbll.recurrent.chunks import unroll
 from hbll.recurrent.network import RecurrentNetwork, padded_start, tree_of
 from hbll.recurrent.step import RecurrentRule, RecurrentStep, mean_losses
 from hbll.trace import attach_gradients, wide
@@ -110,7 +111,7 @@ class PaperRule(RecurrentRule):
         )
         errors = torch.cat([*inner, at_end])
         if network.every_step:
-            labels = y[[n - 1 for n, _ in right]]
+            labels = torch.stack([y[n - 1] for n, _ in right])
             errors = (
                 errors
                 + mean_losses(self.loss, network.head(network.cell.hidden(at_node)), labels) / self.label_variance
@@ -124,12 +125,11 @@ class PaperRule(RecurrentRule):
         """
         cell = network.cell
         driven, swept = cell.project(x[:-1]), states[:-1]
-        for sweep in range(self.sweeps):
-            with torch.set_grad_enabled(sweep == self.sweeps - 1):
-                new = cell.advance(driven, swept)
-                if present is not None:
-                    new = torch.where(present.mT[:-1, :, None], new, swept)
-            swept = torch.cat([states[:1], new[:-1]])
+        held = None if present is None else present.mT[None, :-1]
+        with torch.no_grad():
+            for _ in range(self.sweeps - 1):
+                swept = torch.cat([states[:1], unroll(cell, driven[None], held, swept)[:-1]])
+        new = unroll(cell, driven[None], held, swept)
         return (wide(new) - wide(states[1:])).square().sum(-1).mean(1).sum()
 
     def _cost(self, length: int) -> tuple[int, int]:

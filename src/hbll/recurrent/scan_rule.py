@@ -3,10 +3,14 @@
 The sequence is cut into M chunks of G steps. *States*: all chunks run at once from guessed starts, and a linear coarse
 step between the chunks corrects the starts; K such sweeps. *Credit*: all chunks are walked back at once from guessed
 gradients at their ends, corrected by the transposed coarse step; Kc such sweeps. *Local update*: every step of the cell,
-all at once, along its own credit. The coarse step of a chunk is the product of its steps' *batch-mean* Jacobians, one
-matrix for all samples, whose slopes are those of the last training step. At K = M and Kc = M - 1 all is exact,
-whatever the coarse step (parareal, Lions et al. 2001; DEER, Lim et al. 2024, solves with each sample's own Jacobians).
+all at once, along its own credit. The coarse step of a chunk is the G-th power of its steps' *mean* Jacobian, one matrix
+for all samples, whose slopes are those of the last training step. At K = M and Kc = M - 1 all is exact, whatever the
+coarse step (parareal, Lions et al. 2001; DEER, Lim et al. 2024, solves with each sample's own Jacobians).
+
+All is taken on the trajectory of the last sweep: its states, their slopes, and the head's loss on what it ended in.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +23,7 @@ from hbll.recurrent.chunks import chunked, coarse_step, pull, unchunked, unroll,
 from hbll.recurrent.network import RecurrentNetwork
 from hbll.recurrent.step import RecurrentRule, RecurrentStep, head_credit, local_update
 from hbll.recurrent.tree_states import tree_states
+from hbll.trace import wide
 
 __all__ = ["ScanRule"]
 
@@ -77,11 +82,17 @@ class ScanRule(RecurrentRule):
         if guess == "tree" and self.chunks > 1:
             levels = scan.levels(self.chunks)
             self.predictor = DepthCells(type(cell), self.chunk * cell.inputs, cell.width, levels).to(cell.weight_hh)
-        # Batch means of the last training step's slopes; 0 before the first one, so that P = 0.
-        shape = (self.chunk, self.chunks, cell.parts)
+        # Means over batch and chunk of the last training step's slopes; 0 before the first one, so that P = 0.
+        shape = (self.chunks, cell.parts)
         self.register_buffer("direct", cell.weight_hh.new_zeros(*shape, cell.parts, cell.width))
         self.register_buffer("gated", cell.weight_hh.new_zeros(*shape, cell.gates, cell.width))
         self.register_buffer("current", torch.tensor(sweeps))
+
+    @staticmethod
+    def suggested(length: int) -> dict[str, Any]:
+        """Options that do well at a length: G grows with its square root, so that chunks and levels balance."""
+        chunk = 2 ** max(0, (length - 1).bit_length() // 2 - 1)
+        return {"chunk": chunk, "sweeps": min(3, -(-length // chunk)), "credit_sweeps": 1, "guess": "tree"}
 
     def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
         if len(x) != self.length:
@@ -92,7 +103,7 @@ class ScanRule(RecurrentRule):
         driven = cell.project(x)
         guess = self._guess(cell, x.detach())
         with torch.no_grad():
-            coarse = coarse_step(Slopes(self.direct, self.gated, self.gated), cell.weight_hh)
+            coarse = coarse_step(Slopes(self.direct, self.gated, self.gated), cell.weight_hh, self.chunk)
             starts = torch.cat([cell.initial(x.shape[2]).unsqueeze(0), guess.detach()])
             sweeps = self.sweeps if self.adapt is None else int(self.current)
             for _ in range(sweeps - 1):
@@ -109,14 +120,14 @@ class ScanRule(RecurrentRule):
                 label = head_credit(network, self.loss, cell.hidden(unchunked(after, self.length)), y)
                 own, last = chunked(cell.widen(label.credit), self.chunk), torch.zeros_like(outs[0])
             else:
-                label = head_credit(network, self.loss, cell.hidden(ends[-1]), y)
+                label = head_credit(network, self.loss, cell.hidden(outs[-1]), y)
                 own, last = None, cell.widen(label.credit)
             credit = self._credit(cell, slopes, coarse, last, own)
             if self.training:
                 self._remember(slopes, defect)
         loss = local_update(network, driven, before, slopes, credit, label)
         if self.predictor is not None:
-            loss = loss + (guess - ends[:-1]).square().sum(-1).mean(-1).sum()
+            loss = loss + (wide(guess) - wide(ends[:-1])).square().sum(-1).mean(-1).sum()
         return RecurrentStep(loss, *self._cost(network, sweeps), {self.length: label.loss}, defect, sweeps)
 
     def _present(self, x: Tensor, present: Tensor | None) -> Tensor | None:
@@ -131,7 +142,9 @@ class ScanRule(RecurrentRule):
             return cell.initial(x.shape[2]).expand(self.chunks - 1, -1, -1)
         return tree_states(self.predictor, x.permute(1, 2, 0, 3).flatten(2))
 
-    def _credit(self, cell: Cell, slopes: Slopes, coarse: scan.Coarse, last: Tensor, own: Tensor | None) -> Tensor:
+    def _credit(
+        self, cell: Cell, slopes: Slopes, coarse: tuple[Tensor, ...], last: Tensor, own: Tensor | None
+    ) -> Tensor:
         """The gradients in the new state of every step (G, M, B, S H).
 
         Args:
@@ -149,16 +162,19 @@ class ScanRule(RecurrentRule):
         return pull(slopes, cell.weight_hh, ends, own)[0]
 
     def _remember(self, slopes: Slopes, defect: Tensor) -> None:
-        self.direct.copy_(slopes.direct.mean(2))
-        self.gated.copy_(slopes.gated.mean(2))
+        self.direct.copy_(slopes.direct.mean((0, 2)))
+        self.gated.copy_(slopes.gated.mean((0, 2)))
         if self.adapt is not None:
             change = int(defect > self.adapt) - int(defect < self.adapt / 3)
             self.current.fill_(min(max(int(self.current) + change, self.sweeps), self.chunks))
 
     def _cost(self, network: RecurrentNetwork, sweeps: int) -> tuple[int, int]:
-        """Work and span; see ``RecurrentStep``. The coarse steps are made beside the first sweep and wait for nothing."""
+        """Work and span; see ``RecurrentStep``.
+
+        The coarse steps are made beside the first sweep; only the predictor and the defect wait for the last correction.
+        """
         steps = sweeps + self.credit_sweeps + 1
-        scans = sweeps + self.credit_sweeps + (not network.every_step)
+        scans = sweeps - 1 + self.credit_sweeps + (not network.every_step)
         work, span = self.length * (steps + 1), self.chunk * steps + scan.levels(self.chunks) * scans
         if self.predictor is not None:
             work += 2 * (self.chunks - 1)

@@ -1,5 +1,6 @@
 """What every training rule for recurrent networks is: a module that is called with a network and a batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,9 +51,9 @@ class LabelCredit:
     """The mean loss, without graph."""
     credit: Tensor
     """Its gradient in the hidden states."""
-    weights: list[Tensor]
+    weights: list[nn.Parameter]
     """The head's trainable weights."""
-    gradients: list[Tensor]
+    gradients: Sequence[Tensor]
     """Its gradients in them."""
 
 
