@@ -84,6 +84,7 @@ def test_help(hbll, arguments, said):
         ("sublinear bensh", "unknown action bensh; did you mean bench?"),
         ("sublinear bench --widht 8", "unknown option --widht; did you mean --width?"),
         ("sublinear fit --data no.csv --target y", "no.csv is not a file"),
+        ("train digits --seed -1", "--seed must be at least 0, not -1"),
         ("train digits --resume", "--resume needs --run-dir, the folder to go on in"),
         ("train digits --resume --run-dir no", "no is not the folder of a run: it has no configuration.json"),
         ("compare digits --resume --run-dir no", "no is not the folder of a comparison: it has no comparison.json"),
@@ -111,6 +112,14 @@ def test_a_mistake_is_told_alike_in_every_terminal(tmp_path, settings):
     process = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr == "hbll: --width must be at least 1, not 0\n"
+
+
+def test_a_file_where_the_folder_should_be_is_told(hbll):
+    Path("run").write_text("mine")
+    code, out, err = hbll("train", "digits", "--run-dir", "run")
+    assert (code, out) == (2, "")
+    assert re.fullmatch("hbll: (File exists|Not a directory): run.*\n", err)
+    assert Path("run").read_text() == "mine"
 
 
 def test_missing_data_are_told_in_one_sentence(hbll, monkeypatch, tmp_path):

@@ -186,6 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"hbll: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a folder that is a file, a full disk
+        print(f"hbll: {error.strerror}: {error.filename}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as interruption:
         print(f"hbll: {interruption or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
@@ -210,9 +213,7 @@ def _recipe_options(
 
     if arguments and arguments[0] in ("-h", "--help"):
         rows = [f"  {name:12} {recipe.__doc__}" for name, recipe in RECIPES.items()]
-        print(
-            f"usage: hbll {command} RECIPE [OPTIONS]\n", *rows, f"\n`hbll {command} RECIPE --help` says more.", sep="\n"
-        )
+        _print_usage(f"hbll {command} RECIPE", rows)
         sys.exit(0)
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(f"hbll {command} needs the name of a recipe first: {', '.join(RECIPES)}")

@@ -132,7 +132,7 @@ def test_the_page_of_a_comparison_stands_alone_and_says_it_all(finished):
     for result in results:
         assert result["method"] in page.text
         assert f"{100 * result['accuracy']:.2f} %" in page.text
-    for heading in ("Learning curves", "Accuracy by path", "Corrections", "4", "chain"):
+    for heading in ("Learning curves", "Accuracy by path", "Corrections", "3 (chain)"):
         assert heading in page.text
 
 

@@ -174,6 +174,16 @@ def test_the_configuration_says_what_was_run_and_with_what(tmp_path):
     assert open_run(tmp_path) == run
 
 
+def test_a_run_of_another_version_is_told(tmp_path):
+    run = run_in(tmp_path)
+    train(run)
+    configuration = json.loads(run.configuration_file.read_text())
+    for change in ({"recipe": "letters"}, {"options": {"letters": 26}}):
+        run.configuration_file.write_text(json.dumps(configuration | change))
+        with pytest.raises(ValueError, match=r"was made by another version: .*letters.* is not known here"):
+            open_run(tmp_path)
+
+
 def test_every_epoch_is_measured(tmp_path):
     run = run_in(tmp_path, method="bp")
     heard = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TypedDict
 
-from hbll.recipes import RECIPES, Recipe
+from hbll.recipes import Recipe
 from hbll.training import metrics
 from hbll.training.device import device
 from hbll.training.evaluate import PathAccuracy, path_accuracies
@@ -15,7 +15,7 @@ from hbll.training.files import write_atomically
 from hbll.training.loop import train
 from hbll.training.memory import step_memory
 from hbll.training.metrics import Metrics
-from hbll.training.run import Run, read_json
+from hbll.training.run import Run, read_json, stored_recipe
 
 FILE = "comparison.json"
 
@@ -79,7 +79,7 @@ def open_comparison(folder: Path) -> Comparison:
     """The comparison that lies in `folder`; ValueError when none does."""
     stored = read_json(folder, FILE, "comparison")
     return Comparison(
-        recipe=RECIPES[stored["recipe"]](**stored["options"]),
+        recipe=stored_recipe(stored, folder),
         methods=tuple(stored["methods"]),
         seeds=stored["seeds"],
         folder=folder,

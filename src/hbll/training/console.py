@@ -60,7 +60,7 @@ def compare_shown(comparison: Comparison, *, resume: bool) -> list[MethodResult]
                 on_run=on_run,
                 on_step=lambda done, steps: progress.update(current, completed=done + 1, total=steps),
             )
-        except Interrupted:
+        except KeyboardInterrupt:  # between two runs as well as within one
             advice = _how_to_resume("compare", comparison.recipe.name, comparison.folder)
             raise KeyboardInterrupt(advice) from None
 
@@ -79,7 +79,7 @@ def show_paths(paths: Iterable[PathAccuracy]) -> None:
 def _show(columns: Iterable[str], rows: Iterable[list[str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hbll.training.compare import chain_accuracy
 from hbll.training.metrics import Metrics
@@ -50,7 +51,8 @@ def learning_curves(histories: Histories) -> str:
             axes.plot(epochs, curves.mean(0), color=colour, label=method)
             axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="epoch", ylabel="accuracy of the chain, %")
-        axes.legend(loc="lower right")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside upper left", ncols=6)
         return _svg(figure)
 
 
@@ -67,12 +69,11 @@ def accuracy_by_path(histories: Histories) -> str:
             ranges = np.maximum(0, [middle - shares.min(0), shares.max(0) - middle])  # a mean is rounded
             blocks = [_blocks(path) for path in paths]
             axes.errorbar(blocks, middle, ranges, color=colour, marker=marker, capsize=3, label=method)
-        names = [path if _blocks(path) < 6 else "chain" for path in paths]
         axes.set_xscale("log", base=2)
-        axes.set_xticks(blocks, [f"{count}\n{name}" for count, name in zip(blocks, names, strict=True)])
+        axes.set_xticks(blocks, [*map(str, blocks[:-1]), f"{blocks[-1]} (chain)"])
         axes.minorticks_off()
-        axes.set(xlabel="blocks, and the path they form", ylabel="accuracy, %")
-        axes.legend(loc="lower right")
+        axes.set(xlabel="blocks", ylabel="accuracy, %")
+        figure.legend(loc="outside upper left", ncols=6)
         return _svg(figure)
 
 
@@ -93,8 +94,8 @@ def corrections(histories: Histories) -> str | None:
                 values, norm=norm, cmap="viridis", aspect="auto", origin="lower", interpolation="nearest", extent=extent
             )
             axes.set(title=method, ylabel="node")
-            axes.yaxis.get_major_locator().set_params(integer=True)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         rows[-1].set_xlabel("epoch")
         figure.colorbar(image, ax=list(rows), label="size of the correction")
         return _svg(figure)

@@ -33,6 +33,7 @@ svg { width: 100%; height: auto; display: block; font-family: system-ui, sans-se
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid #e2e8f0; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; }
 th { font-weight: 600; font-size: 14px; color: #64748b; }
 tr:last-child td { border-bottom: none; }
 code { font: 14px ui-monospace, monospace; }
@@ -106,7 +107,7 @@ def _figures(histories: plots.Histories) -> list[str]:
         ),
         _section(
             "Accuracy by path",
-            "A path uses some of the blocks: the rim of the tree cut short, and the chain of all.",
+            "A path uses some of the blocks: here the rim of the tree, cut short at every length, and the chain of all.",
             plots.accuracy_by_path(histories),
         ),
     ]

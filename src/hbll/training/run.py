@@ -23,13 +23,17 @@ _LIBRARIES = ("hbll", "torch", "numpy", "safetensors", "scikit-learn")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run."""
+    """One training run; ValueError for a negative seed."""
 
     recipe: Recipe
     method: str
     seed: int
     folder: Path
     data_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, not {self.seed}")
 
     @property
     def configuration_file(self) -> Path:
@@ -68,7 +72,7 @@ class Run:
 def open_run(folder: Path) -> Run:
     """The run that lives in `folder`; ValueError when none does."""
     configuration = read_json(folder, "configuration.json", "run")
-    recipe = RECIPES[configuration["recipe"]](**configuration["options"])
+    recipe = stored_recipe(configuration, folder)
     data_dir = configuration["data_dir"]
     return Run(
         recipe=recipe,
@@ -88,6 +92,14 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def stored_recipe(stored: dict[str, Any], folder: Path) -> Recipe:
+    """The recipe that a stored run or comparison names; ValueError when this version has none like it."""
+    try:
+        return RECIPES[stored["recipe"]](**stored["options"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder} was made by another version: {error} is not known here") from error
 
 
 def check_same(stored: Run, wanted: Run) -> None:
