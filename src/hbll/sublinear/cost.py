@@ -20,15 +20,15 @@ __all__ = ["Forecast", "dense_operations", "forecast", "machine_bytes", "refuse_
 
 # Nanoseconds on one thread, float32, fitted to benchmarks/sublinear.py; only their ratios decide.
 PRODUCT = 0.022  # a multiply-add inside BLAS
-SCAN = 0.5  # one product <w_r, x_j> against the threshold
+SCAN = 1.0  # one product <w_r, x_j> against the threshold
 ROW = 40.0  # a neuron's bookkeeping in the sparse passes
 PAIR = 12.0  # a pair that fires: found, tallied, merged into the coefficients
 SHIFT = 0.25  # a feature of a weight that a pair moves
 ENTRY = 3.0  # a list's entry
-LIST = 1.0  # one S_r x L_r term
+LIST = 1.0  # a pair that fires, on an entry of its list
 VISIT = 3.0  # a tree's node in a query
-TOUCH = 2.5  # a tree's node in an update
-LEAF = 0.6  # one S_r term of a leaf's change
+TOUCH = 9.0  # a tree's node in an update
+LEAF = 1.5  # one S_r term of a leaf's change
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Forecast:
     alive: float  # neurons that fire on some point
     fired: float  # pairs that fire
     entries: float  # of the slack lists
-    list_work: float  # sum_r |S_r| |L_r|
+    list_work: float  # sum_r |S_r| min(|L_r|, n / 8), as vector instructions follow long lists eight at a time
     seconds: dict[EngineName, float]  # per iteration on one thread, without the n x n solve that all share
     bytes: dict[EngineName, float]  # at the peak of a fit of one target
 
@@ -50,8 +50,8 @@ def forecast(problem: Problem, screened: Screen, looked_at: int) -> Forecast:
     above = np.concatenate([[0], np.cumsum(screened.lists.values > problem.threshold)])
     fires = np.diff(above[starts])
     alive, fired, entries = len(fires) * scale, int(above[-1]) * scale, len(screened.lists.points) * scale
-    list_work = float(fires @ np.diff(starts)) * scale
     m, n, d, size = problem.width, len(problem), problem.features, problem.dtype.itemsize
+    list_work = float(fires @ np.minimum(np.diff(starts), n / 8)) * scale
     visited = n * _paths(fired / n, m)
     touched = n * _paths(alive, m)
 

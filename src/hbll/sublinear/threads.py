@@ -52,12 +52,13 @@ def in_chunks(work: Callable[[Iterable[Chunk]], Iterable[Result]], rows: int, si
             results[taken[done]] = result
 
     threads = min(thread_count(), len(chunks))
-    if threads <= 1:
-        drain()
-    else:
-        with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-            for future in [pool.submit(drain) for _ in range(threads)]:
-                future.result()
+    with _libraries().limit(limits=1, user_api="blas"):
+        if threads <= 1:
+            drain()
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                for future in [pool.submit(drain) for _ in range(threads)]:
+                    future.result()
     return [results[index] for index in range(len(chunks))]
 
 

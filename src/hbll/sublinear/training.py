@@ -61,7 +61,7 @@ def fit(
     "operations", and "dense_operations" that the dense baseline (BPSW21) would have made.
 
     Raises ValueError for input that is not finite, rows of zero norm, lengths that differ, a Gram matrix that is
-    singular, a loss that is no longer finite, and for memory beyond the machine, foretold before it is reserved.
+    singular, steps that grow beyond bounds, and for memory beyond the machine, foretold before it is reserved.
     """
     _check_choice("engine", engine, ("auto", *ENGINES))
     _check_choice("method", method, get_args(Method))
@@ -80,7 +80,7 @@ def fit(
     problem = Problem.of(points, operator.index(width), float(kappa), operator.index(seed), dtype)
 
     began = time.perf_counter()
-    reach = expected_reach(problem, targets)
+    reach = expected_reach(problem, targets) if engine in ("auto", "slack") else np.zeros(n)
     names = _affordable(problem, reach, engine)
     screened: Screen | None = None
     name = names[0]
@@ -110,9 +110,7 @@ def fit(
 
 
 def _affordable(problem: Problem, reach: NDArray[np.float64], engine: EngineName | Literal["auto"]) -> list[EngineName]:
-    """The engines asked for whose memory the machine has, foretold from a pilot. Raises ValueError where there is
-    none.
-    """
+    """The engines asked for that fit the machine's memory, foretold from a pilot; ValueError where none does."""
     looked_at = min(problem.width, PILOT)
     needed = forecast(problem, screen(problem, reach, looked_at), looked_at).bytes
     names: list[EngineName] = list(ENGINES) if engine == "auto" else [engine]
