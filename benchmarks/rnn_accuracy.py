@@ -25,11 +25,10 @@ from hbll.recurrent import (
     CELLS,
     Backpropagation,
     DepthCells,
-    FusedBackpropagation,
-    PaperRule,
     RecurrentNetwork,
     RecurrentRule,
     ScanRule,
+    make_rule,
 )
 
 BATCH = 128
@@ -54,17 +53,14 @@ def sequences(folder: Path, part: str, length: int, permuted: bool) -> tuple[Ten
     return torch.from_numpy(padded), torch.from_numpy(read_idx(folder, f"{part}-labels-idx1-ubyte").astype(np.int64))
 
 
-def make_rule(method: str, network: RecurrentNetwork, length: int) -> RecurrentRule:
-    """``paper``, ``bptt``, ``scan`` (its suggested options), or ``scan-G-K-Kc-guess``."""
-    name, *options = method.split("-")
-    if name == "paper":
-        return PaperRule(sweeps=0 if network.cell.gates == 1 else 4)
-    if name == "bptt":
-        return Backpropagation() if network.cell.gates == 1 else FusedBackpropagation(network)
-    if not options:
-        return ScanRule(network, length, **ScanRule.suggested(length))
-    chunk, sweeps, credit_sweeps = map(int, options[:3])
-    return ScanRule(network, length, chunk=chunk, sweeps=sweeps, credit_sweeps=credit_sweeps, guess=options[3])
+def rule_of(method: str, network: RecurrentNetwork, length: int) -> RecurrentRule:
+    """A method of hbll.recurrent by its name, or the scan with other options as ``hbll-G-K-Kc-guess``."""
+    if not method.startswith("hbll-"):
+        return make_rule(method, network, length)
+    _, chunk, sweeps, credit_sweeps, guess = method.split("-")
+    return ScanRule(
+        network, length, chunk=int(chunk), sweeps=int(sweeps), credit_sweeps=int(credit_sweeps), guess=guess
+    )
 
 
 class Trainer:
@@ -150,7 +146,7 @@ def run(job: dict) -> Iterator[dict]:
     torch.manual_seed(job["seed"])
     cells = DepthCells(CELLS[job["cell"]], x.shape[2], job["width"], job["depth"])
     network = RecurrentNetwork(cells, nn.Linear(job["width"], 10)).to(device)
-    trainer = Trainer(network, make_rule(job["method"], network, length).to(device), x, y)
+    trainer = Trainer(network, rule_of(job["method"], network, length).to(device), x, y)
     generator = np.random.default_rng(job["seed"])
     for epoch in range(1, job["epochs"] + 1):
         began = time.perf_counter()
@@ -165,7 +161,7 @@ def run(job: dict) -> Iterator[dict]:
         line["chain"] = accuracy(network, *test, "chain")
         if job["method"] == "paper":
             line["tree"] = accuracy(network, *test, "tree")
-        if job["method"].startswith("scan"):
+        if job["method"].startswith("hbll"):
             line["defect"] = trainer.defect.item()
             if epoch == 1 or epoch == job["epochs"]:
                 line["cosine"] = cosine(network, trainer.rule, x[:256], y[:256])
@@ -237,7 +233,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--tasks", nargs="+", default=["psmnist", "smnist"])
     parser.add_argument("--depths", nargs="+", type=int, default=[6, 8, 4])
-    parser.add_argument("--methods", nargs="+", default=["bptt", "scan", "paper"])
+    parser.add_argument("--methods", nargs="+", default=["bptt-fused", "hbll", "paper"])
     parser.add_argument("--cell", default="gru", choices=list(CELLS))
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=20)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CELLS", "GRU", "LSTM", "Cell", "Elman", "Slopes"]
+__all__ = ["CELLS", "GRU", "LSTM", "Cell", "Elman", "OneHot", "Slopes"]
 
 
 @dataclass(frozen=True)
@@ -246,3 +246,18 @@ class LSTM(Cell):
 
 CELLS: dict[str, type[Cell]] = {"gru": GRU, "elman": Elman, "lstm": LSTM}
 """The cells by the names that recipes use."""
+
+
+class OneHot(nn.Module):
+    """Symbols (...) as unit vectors (..., symbols): what the input map of a cell makes of them is an embedding."""
+
+    def __init__(self, symbols: int) -> None:
+        super().__init__()
+        self.symbols = symbols
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raises ValueError for a symbol that is not within 0 .. symbols - 1."""
+        try:
+            return F.one_hot(x, self.symbols).to(torch.get_default_dtype())
+        except RuntimeError as error:
+            raise ValueError(f"symbols are numbered 0 to {self.symbols - 1}: {error}") from error

@@ -6,11 +6,11 @@ A new recipe is one file here with one subclass of `Recipe`; it is found by itse
 from importlib import import_module
 from pkgutil import iter_modules
 
-from hbll.recipes.base import Recipe, Schedule, flag
+from hbll.recipes.base import Network, Recipe, Schedule, TrainingRule, flag
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in Recipe.__subclasses__()}
 
-__all__ = ["RECIPES", "Recipe", "Schedule", "flag"]
+__all__ = ["RECIPES", "Network", "Recipe", "Schedule", "TrainingRule", "flag"]

@@ -3,15 +3,20 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 
 from hbll.data import Splits
 from hbll.network import TreeNetwork
 from hbll.objective import Objective
+from hbll.recurrent import RecurrentNetwork, RecurrentRule
 
 Schedule = Literal["constant", "linear", "cosine"]
+
+Network: TypeAlias = TreeNetwork | RecurrentNetwork
+
+TrainingRule: TypeAlias = Objective | RecurrentRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,9 @@ class Recipe(ABC):
     weight_decay: float = 0.01
     """AdamW's."""
 
+    gradient_clip: float | None = None
+    """Norm that the gradients of the network, and those of the rule's own weights, are each cut down to."""
+
     train_samples: int | None = None
     """Train on the first so many samples alone."""
 
@@ -59,6 +67,8 @@ class Recipe(ABC):
             raise ValueError(f"--depth must be at most 12, not {self.depth}: it would need {2**self.depth - 1} blocks")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning-rate must be above 0 and finite, not {self.learning_rate}")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(f"--gradient-clip must be above 0, not {self.gradient_clip}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"--weight-decay must be at least 0 and finite, not {self.weight_decay}")
 
@@ -77,12 +87,12 @@ class Recipe(ABC):
             raise ValueError(f"--batch-size {self.batch_size} is more than the {len(splits.train)} training samples")
         return splits
 
-    def initial_network(self, seed: int) -> TreeNetwork:
+    def initial_network(self, seed: int) -> Network:
         """The network before training; the same for every method, so that methods differ in nothing else."""
         torch.manual_seed(seed)
         return self.network()
 
-    def objective(self, method: str) -> Objective:
+    def objective(self, method: str) -> TrainingRule:
         """The training rule of that name."""
         return Objective(method)
 
@@ -91,7 +101,7 @@ class Recipe(ABC):
         """The whole data set."""
 
     @abstractmethod
-    def network(self) -> TreeNetwork:
+    def network(self) -> Network:
         """A network with newly drawn weights."""
 
 

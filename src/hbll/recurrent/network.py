@@ -30,12 +30,19 @@ class RecurrentNetwork(nn.Module):
         head: maps a hidden state (..., H) to whatever the loss takes.
         every_step: the head reads every state (language) and not only the last one (classification).
         embed: maps the input to chunks (B, N, I); by default the input is that already.
+        length: N of the sequences that the network is trained on; the network takes any, but has a ``tree`` then.
     """
 
     def __init__(
-        self, cells: ArcCells, head: nn.Module, every_step: bool = False, embed: nn.Module | None = None
+        self,
+        cells: ArcCells,
+        head: nn.Module,
+        every_step: bool = False,
+        embed: nn.Module | None = None,
+        length: int | None = None,
     ) -> None:
         super().__init__()
+        self.length = length
         self.embed = nn.Identity() if embed is None else embed
         self.cells = cells
         self.head = head
@@ -45,6 +52,23 @@ class RecurrentNetwork(nn.Module):
     def cell(self) -> Cell:
         """The deployed cell."""
         return self.cells.chain
+
+    @property
+    def tree(self) -> Tree:
+        """The tree over the time steps of the sequences that the network is trained on."""
+        if self.length is None:
+            raise ValueError("a recurrent network has a tree once it knows the length of its sequences: give length=")
+        return tree_of(self.length)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The cells, by depth."""
+        return self.cells.cells
+
+    @property
+    def usual_paths(self) -> list[Path]:
+        """The paths worth measuring: the chain and, where the head reads the last state alone, the tree's."""
+        return [self.tree.chain] if self.every_step else list(dict.fromkeys([self.tree.chain, self.tree.rim]))
 
     def forward(
         self, x: Tensor, path: str | int | Sequence[int] | None = None, lengths: Tensor | None = None

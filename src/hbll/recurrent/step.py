@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from hbll.models.cells import Slopes
 from hbll.objective import NodeReport
 from hbll.recurrent.network import RecurrentNetwork, check_sequences, presence
 from hbll.trace import attach_gradients
+from hbll.tree import Tree
 
 __all__ = ["LabelCredit", "RecurrentRule", "RecurrentStep", "head_credit", "local_update", "mean_loss", "mean_losses"]
 
@@ -57,6 +59,19 @@ class LabelCredit:
     """Its gradients in them."""
 
 
+@dataclass(frozen=True)
+class _Engine:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the training loop wants to know of how a rule sees a network."""
+
+    tree: Tree
+    engine: _Engine
+
+
 class RecurrentRule(nn.Module):
     """A training rule.
 
@@ -67,6 +82,22 @@ class RecurrentRule(nn.Module):
     def __init__(self, loss: Loss = cross_entropy) -> None:
         super().__init__()
         self.loss = loss
+
+    def prepare(self, network: RecurrentNetwork) -> Self:
+        """Itself: a rule is made for its network."""
+        return self
+
+    def stages(self, network: RecurrentNetwork) -> _Layout:
+        """The tree whose nodes a step reports on, and the engine: all arcs of a level, or all chunks, at once."""
+        return _Layout(network.tree, _Engine("batched"))
+
+    def diagnose(self, network: RecurrentNetwork, x: Tensor, y: Tensor) -> dict[int, NodeReport]:
+        """The reports of one batch; nothing is learnt from it and no gradient is left behind."""
+        self.eval()
+        try:
+            return self(network, x, y).nodes
+        finally:
+            self.train()
 
     def forward(self, network: RecurrentNetwork, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> RecurrentStep:
         """One training step up to the loss.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hbll.data import Samples
-from hbll.network import TreeNetwork
+from hbll.recipes import Network
+from hbll.recurrent import RecurrentNetwork
 from hbll.training import checkpoint
 from hbll.training.device import device
 from hbll.training.run import Run, open_run
@@ -27,7 +28,7 @@ class PathAccuracy(TypedDict):
     accuracy: float
 
 
-def load_network(run: Run) -> TreeNetwork:
+def load_network(run: Run) -> Network:
     """The network of a run as its checkpoint has it; ValueError when that is missing or damaged."""
     network = run.recipe.network()
     network.load_state_dict(checkpoint.load(run.checkpoint_file)["network"])
@@ -52,13 +53,15 @@ def path_accuracies(shares: Mapping[str, float]) -> list[PathAccuracy]:
     return [PathAccuracy(path=path, blocks=path.count("-") + 1, accuracy=share) for path, share in shares.items()]
 
 
-def usual_paths(network: TreeNetwork) -> list[Path]:
-    """The chain, then the rim cut short at every length."""
+def usual_paths(network: Network) -> list[Path]:
+    """The chain, then the rim cut short at every length; of a recurrent network the chain and the tree's path."""
+    if isinstance(network, RecurrentNetwork):
+        return network.usual_paths
     return list(dict.fromkeys([network.tree.chain, *network.tree.rim_paths]))
 
 
 @torch.no_grad()
-def accuracies(network: TreeNetwork, samples: Samples, paths: Iterable[Path]) -> dict[Path, float]:
+def accuracies(network: Network, samples: Samples, paths: Iterable[Path]) -> dict[Path, float]:
     """Share of the samples that the network classifies correctly, by path. The network is left in training mode."""
     network.eval()
     result = {path: _accuracy(network, samples, path) for path in paths}
@@ -66,9 +69,9 @@ def accuracies(network: TreeNetwork, samples: Samples, paths: Iterable[Path]) ->
     return result
 
 
-def _accuracy(network: TreeNetwork, samples: Samples, path: Path) -> float:
+def _accuracy(network: Network, samples: Samples, path: Path) -> float:
     correct = torch.zeros((), dtype=torch.long, device=samples.labels.device)
     for inputs, labels in zip(samples.inputs.split(BATCH_SIZE), samples.labels.split(BATCH_SIZE), strict=True):
         guesses: Tensor = network(inputs, path=path).argmax(-1)
         correct += (guesses == labels).sum()
-    return int(correct) / len(samples)
+    return int(correct) / samples.labels.numel()  # of sequences, every step counts

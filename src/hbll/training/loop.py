@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from hbll.data import Samples
 from hbll.objective import NodeReport, Step
@@ -187,6 +188,9 @@ class Training:
     def _descend(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
+        if (limit := self.run.recipe.gradient_clip) is not None:
+            for module in (self.network, self.objective):
+                clip_grad_norm_(module.parameters(), limit)
         self.optimizer.step()
         self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()

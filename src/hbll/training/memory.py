@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbll.data import Samples
-from hbll.network import TreeNetwork
-from hbll.objective import Objective
+from hbll.recipes import Network, TrainingRule
 
 
-def step_memory(network: TreeNetwork, objective: Objective, batch: Samples) -> int:
+def step_memory(network: Network, objective: TrainingRule, batch: Samples) -> int:
     """Most bytes of tensors alive at once while one step's gradients are computed, the gradients among them.
 
     On a GPU as the caching allocator counts them. On the CPU, where several methods share one process and the peak of

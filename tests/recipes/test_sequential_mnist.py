@@ -1,0 +1,60 @@
+"""Sequential MNIST: the sequences, the network, and every method for a step."""
+
+import numpy as np
+import pytest
+import torch
+
+from hbll.recipes import RECIPES
+from hbll.recurrent import METHODS
+
+Recipe = RECIPES["sequential-mnist"]
+
+
+@pytest.mark.parametrize(("depth", "chunk_width", "missing"), [(1, 392, 0), (4, 49, 0), (6, 13, 48), (8, 4, 240)])
+def test_sequences_are_the_pixels_in_order_with_zeros_before(depth, chunk_width, missing):
+    images = torch.rand(3, 784)
+    found = Recipe(depth=depth).sequences(images)
+    assert found.shape == (3, 2**depth, chunk_width)
+    assert found.flatten(1)[:, missing:].equal(images)
+    assert (found.flatten(1)[:, :missing] == 0).all()
+
+
+def test_permuted_pixels_are_the_same_ones_in_one_order():
+    images = torch.arange(784.0).repeat(2, 1)
+    found = Recipe(depth=4, permuted=True).sequences(images).flatten(1)
+    assert found[0].equal(found[1])
+    assert not found.equal(images)
+    assert np.array_equal(np.sort(found[0]), np.arange(784))
+    assert Recipe(depth=4, permuted=True).sequences(images).flatten(1).equal(found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method):
+    recipe = Recipe(depth=3, width=8)
+    torch.manual_seed(0)
+    network = recipe.initial_network(0)
+    rule = recipe.objective(method)
+    x, y = recipe.sequences(torch.rand(32, 784)), torch.randint(10, (32,))
+    optimizer = torch.optim.AdamW([*network.parameters(), *rule.parameters()], lr=1e-2)
+    before = torch.nn.functional.cross_entropy(network(x), y).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        rule(network, x, y).loss.backward()
+        optimizer.step()
+    path = "tree" if method == "paper" else "chain"
+    assert torch.nn.functional.cross_entropy(network(x, path=path), y).item() < before
+
+
+def test_methods_that_do_not_exist():
+    with pytest.raises(ValueError, match="unknown method 'bp'; recurrent networks are trained by hbll, paper"):
+        Recipe(depth=2).objective("bp")
+    with pytest.raises(ValueError, match="no recurrent network like Elman"):
+        Recipe(depth=2, cell="elman").objective("bptt-fused")
+
+
+def test_the_initial_network_is_the_same_for_every_method():
+    recipe = Recipe(depth=2, width=8)
+    first = recipe.initial_network(3).state_dict()
+    recipe.objective("hbll")
+    again = recipe.initial_network(3).state_dict()
+    assert all(first[name].equal(again[name]) for name in first)
