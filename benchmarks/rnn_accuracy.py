@@ -4,7 +4,8 @@
 
 Every run is a process of its own, several at a time; results are written as they come, so that an interruption or the end
 of the time leaves a table of what is done. All methods get the same epochs, batches and optimizer (AdamW 1e-3, weight decay
-1e-4, clip 5, batch 128: the paper's). On a GPU every training step is one CUDA graph. Needs torch, numpy, matplotlib.
+1e-4, clip 5, batch 128: the paper's). On a GPU a training step is one CUDA graph, but for bptt-fused, whose steps are few
+launches of cuDNN. Needs torch, numpy, matplotlib.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from hbll.recurrent import (
     CELLS,
     Backpropagation,
     DepthCells,
+    FusedBackpropagation,
     RecurrentNetwork,
     RecurrentRule,
     ScanRule,
@@ -74,6 +76,7 @@ class Trainer:
         self.batch = torch.zeros(BATCH, dtype=torch.long, device=x.device)
         self.defect = self.loss = torch.zeros((), device=x.device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphed = x.is_cuda and not isinstance(rule, FusedBackpropagation)
         self.done = 0
 
     def step(self, batch: Tensor) -> None:
@@ -81,13 +84,13 @@ class Trainer:
         self.batch.copy_(batch)
         if self.graph is not None:
             self.graph.replay()
-        elif self.x.is_cuda and self.done < 3:  # warm-up, as torch asks for, off the default stream
+        elif self.graphed and self.done < 3:  # warm-up, as torch asks for, off the default stream
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._step()
             torch.cuda.current_stream().wait_stream(stream)
-        elif self.x.is_cuda:
+        elif self.graphed:
             self.optimizer.zero_grad()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

@@ -66,8 +66,8 @@ def test_help(hbll, arguments, said):
     ("arguments", "sentence"),
     [
         ("trian", "unknown command trian; did you mean train?"),
-        ("train", "hbll train needs the name of a recipe first: digits, mnist-mlp"),
-        ("train --width 3 digits", "hbll train needs the name of a recipe first: digits, mnist-mlp"),
+        ("train", "hbll train needs the name of a recipe first: char-rnn, digits, mnist-mlp, sequential-mnist"),
+        ("train --width 3 digits", "hbll train needs the name of a recipe first: char-rnn, digits, mnist-mlp, sequential-mnist"),
         ("train digit", "unknown recipe digit; did you mean digits?"),
         ("train digits --widht 3", "unknown option --widht; did you mean --width?"),
         ("train digits --widht=3", "unknown option --widht; did you mean --width?"),
