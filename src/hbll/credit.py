@@ -17,7 +17,7 @@ from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.scan import Coarse, correct_transposed
 from hbll.stages import Stages, fresh_copy
-from hbll.trace import Correction, Trace, attach_gradients, wide
+from hbll.trace import Correction, Trace, attach_gradients, per_sample, wide
 from hbll.tree import Tree
 
 __all__ = ["CREDIT", "Arc", "ArcCredit", "Credit", "Errors", "ExactCredit", "ScanCredit", "SpineCredit", "spine"]
@@ -68,6 +68,9 @@ class Credit(nn.Module):
 @dataclass(frozen=True)
 class Arc:
     """The way from some nodes' states to an error of their own.
+
+    The functions do not hold the trace, which holds them in its corrections: in a cycle a step's tensors would stay until
+    the garbage collector comes.
 
     nodes: n of them.
     predict: states (n, B, ...) -> what is compared, and the parameters it depends on.
@@ -144,8 +147,9 @@ class ArcCredit(Credit):
         node_of = {trace.tree.right(n): n for n in nodes}
         if trace.tree.nodes in node_of:
             node = node_of.pop(trace.tree.nodes)
+            head, y, rule, tokens = trace.network.head, trace.y, trace.rule, trace.tokens
             Arc(
-                (node,), lambda states: on_head(trace, states), lambda found: label_errors(trace, found, trace.y, 1)
+                (node,), lambda states: on_head(head, states), lambda found: label_errors(rule, tokens, found, y, 1)
             ).invert(trace, self.rule)
         for right in trace.engine.groups(list(node_of)):
             self._right_arc(trace, tuple(node_of[j] for j in right), right).invert(trace, self.rule)
@@ -158,14 +162,15 @@ class ArcCredit(Credit):
     @staticmethod
     def _right_arc(trace: Trace, nodes: tuple[int, ...], right: tuple[int, ...]) -> Arc:
         targets = wide(stack([trace.target[j] for j in right]))
+        engine, family, tokens = trace.engine, trace.family, trace.tokens
 
         def errors(prediction: Tensor) -> Errors:
-            samples = trace.per_sample(trace.family.divergence(targets, wide(prediction)))
-            return Errors(samples.mean(1), samples, samples.shape[1] * trace.tokens)
+            samples = per_sample(family.divergence(targets, wide(prediction)))
+            return Errors(samples.mean(1), samples, samples.shape[1] * tokens)
 
         return Arc(
             nodes,
-            lambda states: trace.engine(right, states),
+            lambda states: engine(right, states),
             errors,
             trace.stages.size(right),
             trace.stages.depth(right),
@@ -180,7 +185,7 @@ class ExactCredit(Credit):
         assert trace.last is not None  # the rule pairs exact credit with chain states
         block, state = trace.last
         node = trace.stages.of(block)
-        loss = label_errors(trace, trace.network.head(state), trace.y, 1).mean.sum()
+        loss = label_errors(trace.rule, trace.tokens, trace.network.head(state), trace.y, 1).mean.sum()
         if trace.observer:
             trace.observer((node,), loss)
         trace.terms.append(((node,), loss))
@@ -204,8 +209,8 @@ class ScanCredit(Credit):
         nodes = trace.stages.nodes
         outputs = trace.outputs(nodes)
         state = (outputs[-1] if trace.head_state is None else trace.head_state).detach().requires_grad_()
-        prediction = on_head(trace, state.unsqueeze(0))
-        errors = label_errors(trace, prediction.outputs, trace.y, 1)
+        prediction = on_head(trace.network.head, state.unsqueeze(0))
+        errors = label_errors(trace.rule, trace.tokens, prediction.outputs, trace.y, 1)
         total = errors.mean.sum()
         at_head, *for_head = torch.autograd.grad(total, [state, *prediction.parameters], materialize_grads=True)
         trace.terms.append((nodes[-1:], attach_gradients(total, prediction.parameters, for_head)))
@@ -273,7 +278,7 @@ class SpineCredit(Credit):
             labels = torch.cat([trace.y] * len(nodes))
         else:
             labels = trace.labels[[n - 1 for n in nodes]].flatten(0, 1)
-        engine = trace.stages.last_blocks
+        engine, rule, tokens, shared = trace.stages.last_blocks, trace.rule, trace.tokens, trace.network.head
         heads = {n: self._head(trace, n) for n in nodes}
 
         def predict(states: Tensor) -> Evaluation:
@@ -288,17 +293,17 @@ class SpineCredit(Credit):
                     parameters += evaluation.parameters
                     for p, state in zip(positions, evaluation.outputs.unbind(0), strict=True):
                         current[moving[p]] = state
-            if self.rule.heads == "own":
+            if rule.heads == "own":
                 found = torch.cat([head(state) for head, state in zip(heads.values(), current, strict=True)])
             else:
-                found = trace.network.head(torch.cat(current))
+                found = shared(torch.cat(current))
             parameters += [p for head in dict.fromkeys(heads.values()) for p in head.parameters() if p.requires_grad]
             return Evaluation(found, tuple(parameters))
 
         return Arc(
             nodes,
             predict,
-            lambda found: label_errors(trace, found, labels, len(nodes)),
+            lambda found: label_errors(rule, tokens, found, labels, len(nodes)),
             blocks=sum(map(len, spines)),
             length=max(map(len, spines)),
         )
@@ -322,13 +327,12 @@ def spine(node: int, tree: Tree, kind: str) -> tuple[int, ...]:
     return (*(n for n in ahead if n < last), last)
 
 
-def on_head(trace: Trace, states: Tensor) -> Evaluation:
+def on_head(head: nn.Module, states: Tensor) -> Evaluation:
     """The head on one node's state, (1, B, ...)."""
-    head = trace.network.head
     return Evaluation(head(states[0]), tuple(p for p in head.parameters() if p.requires_grad))
 
 
-def label_errors(trace: Trace, prediction: Any, y: Any, nodes: int) -> Errors:
+def label_errors(rule: Rule, tokens: int, prediction: Any, y: Any, nodes: int) -> Errors:
     """The errors of what the head predicts for the samples of some nodes, one node's after the other's.
 
     A loss of one value per sample counts for all of the state's tokens: the label would vanish beside the right
@@ -337,22 +341,22 @@ def label_errors(trace: Trace, prediction: Any, y: Any, nodes: int) -> Errors:
     Raises:
         ValueError: the loss is one number for the whole batch.
     """
-    returned = trace.rule.loss(prediction, y)
+    returned = rule.loss(prediction, y)
     values, weights = returned if isinstance(returned, tuple) else (returned, None)
     if values.ndim == 0:
         raise ValueError(
             "the loss must return one value per sample, not their mean: torch's losses take reduction='none'"
         )
-    values = (wide(values) / trace.rule.label_variance).unflatten(0, (nodes, -1))
+    values = (wide(values) / rule.label_variance).unflatten(0, (nodes, -1))
     labels = values[0, 0].numel()  # of a sample; as a rule one, or one per token
     if weights is None:
         count: Tensor | int = values[0].numel()
-        factor: Tensor | int = values.shape[1] * trace.tokens
+        factor: Tensor | int = values.shape[1] * tokens
     else:
         weights = weights.unflatten(0, (nodes, -1))
         values, count = values * weights, weights.flatten(1).sum(1)
-        factor = count * trace.tokens / labels
-    return Errors(values.flatten(1).sum(1) / count, trace.per_sample(values), factor)
+        factor = count * tokens / labels
+    return Errors(values.flatten(1).sum(1) / count, per_sample(values), factor)
 
 
 CREDIT: dict[str, type[Credit]] = {

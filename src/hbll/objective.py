@@ -21,7 +21,7 @@ from hbll.pipeline import LateCredit
 from hbll.rule import make_rule
 from hbll.stages import Stages
 from hbll.states import STATES, ScanStates
-from hbll.trace import Trace, attach_gradients, wide
+from hbll.trace import Trace, attach_gradients, per_sample, wide
 
 __all__ = ["NodeReport", "Objective", "Step"]
 
@@ -66,6 +66,9 @@ class Step:
         self.engine = trace.engine.name
         self.defect = trace.defect
 
+    def __repr__(self) -> str:
+        return f"Step(loss={self.loss.item():.4g}, work={self.work}, span={self.span}, engine={self.engine})"
+
     @cached_property
     def nodes(self) -> dict[int, NodeReport]:
         """A report per corrected node, computed when first asked for (which waits for the device)."""
@@ -80,9 +83,9 @@ class Step:
             change = (family.natural(target) - family.natural(prior)).norm(dim=family.dim)
             fields = [
                 c.error,
-                trace.per_sample(family.divergence(target, prior)).mean(1),
-                trace.per_sample(change).mean(1),
-                trace.per_sample((target - prior).norm(dim=family.dim)).mean(1),
+                per_sample(family.divergence(target, prior)).mean(1),
+                per_sample(change).mean(1),
+                per_sample((target - prior).norm(dim=family.dim)).mean(1),
             ]
             for n, (error, *changes) in zip(c.nodes, torch.stack(fields, 1).tolist(), strict=True):
                 own = None if math.isnan(error) else error
@@ -178,7 +181,7 @@ class Objective(nn.Module):
             if self.rule.scope == "block":
                 target = stack([trace.target[n] for n in wave.nodes])
                 divergence = trace.family.divergence(wide(target), wide(outputs))
-                value = trace.per_sample(divergence).mean(1).sum()
+                value = per_sample(divergence).mean(1).sum()
                 tensors, gradients = [value], [torch.ones_like(value)]
             else:
                 gradient = stack([trace.gradient[n] for n in wave.nodes])
@@ -196,16 +199,23 @@ class Objective(nn.Module):
         rim = trace.network.tree.rim
         for n in rim:
             state = trace.network.blocks[n - 1](state)
-            errors.append(label_errors(trace, trace.network.head(state), trace.y, 1).mean)
+            errors.append(label_errors(trace.rule, trace.tokens, trace.network.head(state), trace.y, 1).mean)
         trace.terms.append(("rim", trace.rule.rim * torch.cat(errors).mean()))
         trace.count(3 * len(rim), 2 * len(rim))
 
     def diagnose(self, network: TreeNetwork, x: Any, y: Any) -> dict[int, NodeReport]:
-        """The reports of one batch with ``rose`` and ``cosine``; costs about two steps and leaves no gradient behind."""
+        """The reports of one batch with ``rose`` and ``cosine``; costs about two steps and leaves no gradient behind.
+
+        Empty for the asynchronous pipeline, which has no gradients of the batch at hand.
+        """
+        if self.rule.credit == "late":
+            return {}  # its gradients are of other batches
         training = self.training
         self.eval()  # what the rule keeps from step to step stays as it is
-        step = self(network, x, y)
-        self.train(training)
+        try:
+            step = self(network, x, y)
+        finally:
+            self.train(training)
         family, trace = step.trace.family, step.trace
         rose = {}
         with torch.no_grad():
@@ -213,10 +223,13 @@ class Objective(nn.Module):
                 if c.energy is None:
                     continue
                 prior, target = wide(c.prior), wide(c.target)
-                after = c.energy(c.target) + trace.per_sample(family.divergence(target, prior))
+                after = c.energy(c.target) + per_sample(family.divergence(target, prior))
                 share = (after > c.energy(c.prior)).float().mean(1)
                 rose.update(zip(c.nodes, share.tolist(), strict=True))
         return step.report(rose, self._cosines(network, step, x, y))
+
+    def extra_repr(self) -> str:
+        return f"{self.rule}"
 
     def __getstate__(self) -> dict[str, Any]:
         # Stages are found again from the network; a copy of the objective must not copy the network's blocks with them.

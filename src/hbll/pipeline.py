@@ -67,9 +67,9 @@ class LateCredit(Credit):
     @staticmethod
     def _from_head(trace: Trace, last: int) -> Tensor:
         state = trace.outputs((last,)).requires_grad_()
-        prediction = on_head(trace, state)
+        prediction = on_head(trace.network.head, state)
         labels = trace.y if trace.labels is None else trace.labels[last - 1]
-        error = label_errors(trace, prediction.outputs, labels, 1).mean.sum()
+        error = label_errors(trace.rule, trace.tokens, prediction.outputs, labels, 1).mean.sum()
         gradient, *for_head = torch.autograd.grad(error, [state, *prediction.parameters], materialize_grads=True)
         trace.terms.append(((last,), attach_gradients(error, prediction.parameters, for_head)))
         return gradient[0]

@@ -20,7 +20,7 @@ from hbll.rule import Rule
 from hbll.stages import Stages
 from hbll.tree import Path
 
-__all__ = ["Correction", "Trace", "Wave", "attach_gradients"]
+__all__ = ["Correction", "Trace", "Wave", "attach_gradients", "per_sample", "wide"]
 
 
 @dataclass(frozen=True)
@@ -235,10 +235,6 @@ class Trace:
         self.target.update(zip(correction.nodes, correction.target.unbind(0), strict=True))
         self._depth["target"].update(dict.fromkeys(correction.nodes, correction.depth))
 
-    def per_sample(self, values: Tensor) -> Tensor:
-        """Averages over tokens: (n, B, ...) to (n, B)."""
-        return values.flatten(2).mean(2) if values.ndim > 2 else values
-
     def count_backward(self) -> None:
         """Counts the backward pass through the states' graph that ``loss.backward()`` is going to make.
 
@@ -260,6 +256,11 @@ class Trace:
                 for parent in wave.parents:
                     if self.boundary[parent].requires_grad:
                         arrived[parent] = max(arrived.get(parent, 0), depth)
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """Averages over tokens: (n, B, ...) to (n, B)."""
+    return values.flatten(2).mean(2) if values.ndim > 2 else values
 
 
 def wide(values: Tensor) -> Tensor:

@@ -137,11 +137,7 @@ class Training:
 
     def _diagnose(self) -> dict[int, NodeReport]:
         samples = self.samples[:DIAGNOSED_SAMPLES]
-        try:
-            return self.objective.diagnose(self.network, samples.inputs, samples.labels)
-        except ValueError:  # an asynchronous pipeline never has the gradients of one batch at hand
-            self.objective.train()
-            return {}
+        return self.objective.diagnose(self.network, samples.inputs, samples.labels)
 
     def save(self) -> None:
         """Replaces the checkpoint by the present state; DivergedError, leaving the old one, when that is no good."""
