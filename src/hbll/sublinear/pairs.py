@@ -12,7 +12,7 @@ from .threads import Chunk, in_chunks
 
 __all__ = ["Pairs", "Tally", "join", "tally"]
 
-ROWS = 8192  # rows a thread takes at a time; fixed, so that sums are reduced in an order that no thread count changes
+ROWS = 4096  # rows a thread takes at a time; fixed, so that sums are reduced in an order that no thread count changes
 
 
 class Pairs(NamedTuple):

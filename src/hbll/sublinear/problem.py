@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from .threads import one_blas_thread
 from .weights import fill_row
 
 __all__ = ["Exact", "Problem", "settle", "unit_rows"]
@@ -46,7 +47,8 @@ class Problem:
         kind = np.float32 if np.dtype(dtype) == np.float32 else np.float64
         threshold = float(kind(math.sqrt(2 * kappa * math.log(width))))
         rounded = np.ascontiguousarray(points, kind)
-        gram = rounded.astype(np.float64) @ rounded.T.astype(np.float64)
+        with one_blas_thread(len(points)):
+            gram = rounded.astype(np.float64) @ rounded.T.astype(np.float64)
         # Every engine computes z in its own order of operations; the band is wider than their rounding errors.
         band = float(np.finfo(kind).eps) * (64 + 4 * math.sqrt(points.shape[1])) * max(1.0, threshold)
         exact = Exact(

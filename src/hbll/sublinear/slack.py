@@ -32,7 +32,7 @@ def expected_reach(problem: Problem, targets: NDArray[np.float64]) -> NDArray[np
     exactness.
     """
     spread = np.abs(targets).max(axis=1) + 0.15 * np.abs(targets).mean()
-    return 1.5 * spread * problem.scale / problem.share
+    return 1.7 * spread * problem.scale / problem.share
 
 
 @njit(nogil=True, cache=True)
@@ -70,7 +70,27 @@ def _fired_rows(neurons, signs, live, begins, lengths, points, z, changes, exact
 
 
 @njit(nogil=True, cache=True)
-def _move_rows(fired, step, weighted, signs, live, begins, lengths, points, z, changes, left, scale, first, last, u):
+def _move_rows(
+    fired,
+    step,
+    weighted,
+    signs,
+    live,
+    begins,
+    lengths,
+    points,
+    z,
+    changes,
+    slack,
+    left,
+    walked,
+    threshold,
+    band,
+    scale,
+    first,
+    last,
+    u,
+):
     """Follow the step on the lists of rows first .. last - 1; weighted[i, j] is step_i K_ij, and u (n,) scratch.
 
     Returns the multiply-adds and the rows with no slack left.
@@ -113,9 +133,24 @@ def _move_rows(fired, step, weighted, signs, live, begins, lengths, points, z, c
                 p += one
             changes[p] += step[i]
             square += np.float64(step[i]) * u[i]
-        left[row] -= scale * np.sqrt(max(square, 0.0))
+        length = scale * np.sqrt(max(square, 0.0))
+        left[row] -= length
         if left[row] < 0:
             ended.append(row)
+            continue
+        path = walked[row] + slack[row] - band - left[row]
+        if 4 * length < path < 4 * left[row]:  # the steps have become short: less slack will do
+            walked[row] = path
+            left[row] = path / 8
+            slack[row] = left[row] + band
+            kept = begin
+            for p in range(begin, end):
+                if z[p] > threshold - slack[row] or changes[p] != 0:
+                    points[kept] = points[p]
+                    z[kept] = z[p]
+                    changes[kept] = changes[p]
+                    kept += one
+            lengths[row] = kept - begin
     return work, np.array(ended, np.int64)
 
 
@@ -131,6 +166,7 @@ class Slack:
         self.changes = np.zeros(len(self.z), problem.dtype)  # A_ri of the entries
         self.slack = screened.slack.copy()
         self.left = self.slack - problem.band  # of the slack, for the path still to walk
+        self.walked = np.zeros(len(self.neurons))  # before the present list
         self.live = np.ones(len(self.neurons), np.bool_)  # fired on some point before the last step
         self.longest = self._longest()
         self.work: Counter[str] = Counter()
@@ -183,7 +219,11 @@ class Slack:
                     self.points,
                     self.z,
                     self.changes,
+                    self.slack,
                     self.left,
+                    self.walked,
+                    problem.threshold,
+                    problem.band,
                     problem.dtype.type(problem.scale),
                     first,
                     last,
@@ -197,10 +237,10 @@ class Slack:
             self._list_anew(rows)
 
     def _list_anew(self, rows: NDArray[np.int64]) -> None:
-        """New lists, with twice the slack that was walked: so a path of any length ends only a logarithm of lists."""
+        """New lists, with half the whole path's length as slack: so a path of any length ends a logarithm of lists."""
         problem = self.problem
-        walked = self.slack[rows] - problem.band - self.left[rows]
-        self.slack[rows] = np.maximum(2 * walked, 4 * problem.band)
+        self.walked[rows] += self.slack[rows] - problem.band - self.left[rows]
+        self.slack[rows] = np.maximum(self.walked[rows] / 2, 4 * problem.band)
         self.left[rows] = self.slack[rows] - problem.band
 
         def work(chunks: Iterable[Chunk]) -> Iterator[tuple]:

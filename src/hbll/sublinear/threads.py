@@ -51,14 +51,16 @@ def in_chunks(work: Callable[[Iterable[Chunk]], Iterable[Result]], rows: int, si
         for done, result in enumerate(work(mine())):
             results[taken[done]] = result
 
-    threads = min(thread_count(), len(chunks))
+    helpers = min(thread_count(), len(chunks)) - 1
     with _libraries().limit(limits=1, user_api="blas"):
-        if threads <= 1:
+        if helpers == 0:
             drain()
         else:
-            with ThreadPoolExecutor(threads) as pool:
-                for future in [pool.submit(drain) for _ in range(threads)]:
-                    future.result()
+            with ThreadPoolExecutor(helpers) as pool:
+                others = [pool.submit(drain) for _ in range(helpers)]
+                drain()
+                for other in others:
+                    other.result()
     return [results[index] for index in range(len(chunks))]
 
 
