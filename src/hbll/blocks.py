@@ -73,7 +73,7 @@ class LoopEngine:
         return Evaluation(stack(outputs), tuple(parameters))
 
     def _parameters(self, node: int) -> list[Tensor]:
-        return [owner[key] for owner, key, _ in self._slots[node - 1]]
+        return [p for owner, key, _ in self._slots[node - 1] if (p := owner[key]) is not None]
 
 
 class BatchedEngine(LoopEngine):
@@ -203,8 +203,9 @@ def _attention(device: str) -> AbstractContextManager[object]:
 def _changes_nothing(node: torch.fx.Node) -> bool:
     aten = torch.ops.aten
     if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default):
-        return node.meta["val"].shape == node.args[0].meta["val"].shape
-    return node.target is aten.mul.Scalar and node.args[1] == 1
+        source = node.args[0]
+        return isinstance(source, torch.fx.Node) and node.meta["val"].shape == source.meta["val"].shape
+    return node.target is aten.mul.Scalar and node.args[1] in (1, 1.0)
 
 
 def _parameter_slots(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

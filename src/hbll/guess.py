@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll.blocks import make_engine, stack
+from hbll.late_buffers import register_late_buffers
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.stages import Stages, fresh_copy
@@ -40,7 +41,7 @@ class MeanGuess(Guess):
 
     def __init__(self, rule: Rule) -> None:
         super().__init__()
-        self.register_buffer("mean", None)
+        register_late_buffers(self, "mean")
 
     def forward(self, trace: Trace) -> Tensor:
         embedded = trace.boundary[0].detach()
@@ -52,11 +53,6 @@ class MeanGuess(Guess):
         if self.training:
             newest = (states - trace.boundary[0].detach()).mean(1)
             self.mean = torch.lerp(self.mean if self.mean is not None else newest, newest, self.momentum)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        if prefix + "mean" in state_dict:  # its shape is that of the first batch's states
-            self.mean = torch.empty_like(state_dict[prefix + "mean"])
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class TreeGuess(Guess):
@@ -82,7 +78,7 @@ class TreeGuess(Guess):
             self.jumps.extend(fresh_copy(network.blocks[numbers[-1] - 1]) for numbers in stages.numbers)
         if len(self.jumps) != len(stages.numbers):
             raise ValueError(f"a predictor tree needs a jump per stage, {len(stages.numbers)}; got {len(self.jumps)}")
-        self.engine = make_engine(self.jumps, [f"jump {n}" for n in stages.nodes], self.rule.engine)
+        self.engine = make_engine(list(self.jumps), [f"jump {n}" for n in stages.nodes], self.rule.engine)
 
     def forward(self, trace: Trace) -> Tensor:
         if not self.jumps:

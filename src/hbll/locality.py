@@ -49,7 +49,7 @@ class Audit:
         return not any(row.outside for row in self.rows)
 
     def __str__(self) -> str:
-        cells = [("node", "left", "right", "loss reaches", "credit uses", "outside its triple")]
+        cells: list[tuple[str, ...]] = [("node", "left", "right", "loss reaches", "credit uses", "outside its triple")]
         last = max(row.right or 0 for row in self.rows)
         for row in self.rows:
             sides = [str(row.node), *("-" if side is None else str(side) for side in (row.left, row.right))]

@@ -91,8 +91,8 @@ class Step:
                 own = None if math.isnan(error) else error
                 reports[n] = NodeReport(own, *changes, rose=rose.get(n), cosine=cosine.get(n))
         if not reports:  # exact credit corrects no node
-            (nodes, term), *_ = trace.terms
-            reports = {nodes[0]: NodeReport(term.item(), cosine=cosine.get(nodes[0]))}
+            ((node,), term), *_ = trace.terms
+            reports = {int(node): NodeReport(term.item(), cosine=cosine.get(int(node)))}
         return dict(sorted(reports.items()))
 
 

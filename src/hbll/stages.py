@@ -37,7 +37,7 @@ class Stages:
         self.numbers = [tuple(everything[start : start + size]) for start in range(0, len(blocks), size)]
         self.tree = Tree(len(self.numbers) + 1)
         if size == 1:
-            self.engine = self.last_blocks = make_engine(blocks, self.names, engine)
+            self.engine = self.last_blocks = make_engine(list(blocks), self.names, engine)
         else:
             cut = [nn.Sequential(*(blocks[n - 1] for n in stage)) for stage in self.numbers]
             self.engine = make_engine(cut, self.names, engine)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hbll.blocks import stack
 from hbll.credit import Credit
 from hbll.guess import GUESSES
+from hbll.late_buffers import register_late_buffers
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.scan import Coarse, correct, defect
@@ -138,8 +139,7 @@ class StreamStates(States):
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         # What stage n - 1 left for stage n = 2, 3, ..: states (n - 1, B, ...) and their labels.
-        self.register_buffer("inputs", None)
-        self.register_buffer("labels", None)
+        register_late_buffers(self, "inputs", "labels")
 
     def forward(self, trace: Trace, credit: Credit) -> None:
         if not self.training:
@@ -147,9 +147,10 @@ class StreamStates(States):
                 (wave,) = trace.evaluate([n], [n - 1])
                 trace.set_boundary(wave, wave.evaluation.outputs.detach(), wave.depth)
             return
-        waiting = 0 if self.inputs is None else len(self.inputs)
+        waiting = 0
         labels = trace.y.unsqueeze(0)
-        if self.inputs is not None:
+        if self.inputs is not None and self.labels is not None:
+            waiting = len(self.inputs)
             if self.inputs[0].shape != trace.boundary[0].shape:
                 raise ValueError(
                     f"stream needs batches of one size: states are {tuple(trace.boundary[0].shape)} now and were "
@@ -165,12 +166,6 @@ class StreamStates(States):
         if kept:
             self.inputs = trace.outputs(active)[: len(kept)]
             self.labels = labels[: len(kept)]
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        for name in ("inputs", "labels"):  # their shapes are those of the batches in flight
-            if prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 STATES: dict[str, type[States]] = {

@@ -68,8 +68,8 @@ class _AttachGradients(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = tuple(grad_output * gradient for gradient in ctx.saved_tensors)
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = tuple(grad_outputs[0] * gradient for gradient in ctx.saved_tensors)
         return (None, None, *gradients, *(None for _ in gradients))
 
 

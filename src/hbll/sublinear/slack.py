@@ -138,8 +138,8 @@ def _move_rows(
         if left[row] < 0:
             ended.append(row)
             continue
-        path = walked[row] + slack[row] - band - left[row]
-        if 4 * length < path < 4 * left[row]:  # the steps have become short: less slack will do
+        path = slack[row] - band - left[row]
+        if walked[row] == 0 and 4 * length < path < 4 * left[row]:  # the steps are short by now: less slack will do
             walked[row] = path
             left[row] = path / 8
             slack[row] = left[row] + band
@@ -249,11 +249,16 @@ class Slack:
 
         lists = in_chunks(work, len(rows), rows_in_cache(problem))
         counts, points, z, changes = map(np.concatenate, zip(*lists, strict=True))
-        self.begins[rows] = len(self.points) + np.cumsum(counts) - counts
+        grown = counts > self.lengths[rows]  # the others stay where they are
+        extra = counts * grown
+        self.begins[rows[grown]] = (len(self.points) + np.cumsum(extra) - extra)[grown]
         self.lengths[rows] = counts
-        self.points = np.concatenate([self.points, points])
-        self.z = np.concatenate([self.z, z])
-        self.changes = np.concatenate([self.changes, changes])
+        if grown.any():
+            for name in ("points", "z", "changes"):
+                array = getattr(self, name)
+                setattr(self, name, np.concatenate([array, np.empty(extra.sum(), array.dtype)]))
+        entries = self._entries(rows)
+        self.points[entries], self.z[entries], self.changes[entries] = points, z, changes
         self.work["rows_relisted"] += len(rows)
         self.work["multiply_adds"] += 2 * len(rows) * len(problem) * problem.features
         if len(self.points) > 2 * self.lengths.sum():
