@@ -261,7 +261,7 @@ class Slack:
         self.points[entries], self.z[entries], self.changes[entries] = points, z, changes
         self.work["rows_relisted"] += len(rows)
         self.work["multiply_adds"] += 2 * len(rows) * len(problem) * problem.features
-        if len(self.points) > 2 * self.lengths.sum():
+        if len(self.points) > 4 * self.lengths.sum():
             self._close_gaps()
         self.longest = self._longest()
 
