@@ -78,3 +78,14 @@ def test_expected_reach_is_a_first_step_with_a_margin(make_problem):
     spread = 0.15 * (1 + 0 + 2 + 1) / 4
     expected = 1.7 * (np.array([1, 2]) + spread) / (math.sqrt(400) * problem.share)
     np.testing.assert_allclose(reach, expected)
+
+
+def test_what_fired_stays_listed_for_the_step_may_be_undone(make_problem):
+    problem = make_problem(n=10, d=4, width=200)
+    engine = Slack(problem, screen(problem, np.full(10, 1e-6)))
+    fired = engine.fired()
+    for step in (np.ones(10), -np.ones(10), np.full(10, 50.0)):  # undone to exactly nothing, then far away
+        engine.move(fired, step)
+        for row in np.flatnonzero(np.diff(fired.starts)):
+            listed = engine.points[engine.begins[row] : engine.begins[row] + engine.lengths[row]]
+            assert set(fired.points[slice(*fired.starts[row : row + 2])]) <= set(listed)

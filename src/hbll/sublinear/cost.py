@@ -1,5 +1,4 @@
-"""What each engine will cost, told before it is built: bytes, so that a fit too large is refused; seconds, so that
-`auto` picks.
+"""What each engine will cost: bytes, so that a fit too large is refused before it starts; seconds, so that `auto` picks.
 
 Both follow from a look at the neurons: a pilot of the first 4096 before anything large is allocated, all of them
 after the screen.

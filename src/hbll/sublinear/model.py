@@ -1,6 +1,4 @@
-"""A trained network: the seed of its initial weights and how far the neurons that fired have moved. No weight is
-stored.
-"""
+"""A trained network: the seed of its weights, and how far the neurons that fired have moved. No weight is stored."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ from .coefficients import shift_rows
 from .pairs import Pairs
 from .problem import Problem, unit_rows
 from .screen import rows_in_cache
-from .threads import Chunk, in_chunks
+from .threads import Chunk, in_chunks, thread_count
 from .weights import initial_rows, initial_signs
 
 __all__ = ["Model"]
@@ -33,9 +31,7 @@ class Model:
 
     problem: Problem = field(repr=False)
     alive: NDArray[np.int64] = field(repr=False)  # neurons that fired on some training point at the start, ascending
-    moved: list[Pairs] = field(
-        repr=False
-    )  # per target, a row per alive neuron: A of w_r(0) - m^-1/2 a_r sum_i A_ri x_i
+    moved: list[Pairs] = field(repr=False)  # A_ri of w_r(0) - m^-1/2 a_r sum_i A_ri x_i: per target a row per alive r
     one_target: bool  # y was a vector
     engine: str
     start: dict[str, Any]  # loss and work before the first iteration
@@ -43,11 +39,10 @@ class Model:
     converged: bool  # every target's loss is at most the tolerance
 
     def predict(self, points: ArrayLike) -> NDArray[np.float64]:
-        """f at new points (q, d), scaled to unit norm like those of the fit: shape (q,), or (q, t) for y of shape (n,
-        t).
+        """f at new points (q, d), scaled to unit norm like those of the fit: (q,), or (q, t) where y was (n, t).
 
-        The weights are drawn again from the seed, chunk by chunk: memory for some thousand neurons, time O(m d (1 +
-        q)). Raises ValueError for points that are not finite, of zero norm, or of another number of features.
+        The weights are drawn again from the seed, chunk by chunk: memory for some thousand neurons, m d (1 + q)
+        operations. Raises ValueError for points that are not finite, of zero norm, or of other than d features.
         """
         rows = unit_rows(points, "X")
         if rows.shape[1] != self.problem.features:
@@ -60,7 +55,8 @@ class Model:
                 yield self._outputs(np.arange(first, last), new)
 
         total = np.zeros((len(self.moved), len(new)))
-        batch = 1024 * size  # neurons whose outputs are held at a time
+        held = max(2 * thread_count(), (1 << 22) // total.size)  # chunks whose outputs are kept at a time
+        batch = held * size
         for first in range(0, self.problem.width, batch):
             count = min(batch, self.problem.width - first)
 

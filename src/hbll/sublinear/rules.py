@@ -75,7 +75,10 @@ class LevenbergMarquardt(GaussNewton):
     def accept(self, before: float, after: float) -> bool:
         kept = after < before
         if kept:
-            gain = (before - after) / (before - self.foretold)
+            foretold = max(
+                before - self.foretold, before - after
+            )  # a gain beyond what was foretold counts as all of it
+            gain = (before - after) / foretold
             self.next = max(self.damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), self.least)
             self.growth = 2.0
         else:
@@ -88,9 +91,7 @@ class LevenbergMarquardt(GaussNewton):
 
 
 class GradientDescent:
-    """g = rate (f - y), with the rate 1 / lambda_max(G) of the start: the largest that shrinks every part of a fixed
-    G.
-    """
+    """g = rate (f - y), the rate 1 / lambda_max(G) of the start: the most that overshoots in no direction of a fixed G."""
 
     damping = 0.0
 

@@ -1,5 +1,4 @@
-"""Slack lists: search only the pairs that can fire, with a certificate, and no operation in the features or the dead
-neurons.
+"""Slack lists: search only the pairs that can fire, under a certificate, whatever the width and the features.
 
 For an alive neuron r the list holds the points with z > b - R_r. As ||x_j|| = 1, a move of w_r by delta changes no
 z_rj by more than ||delta||; while the length D_r of the path walked since the list was made stays within R_r (`left`
@@ -22,6 +21,8 @@ from .threads import Chunk, in_chunks
 from .weights import initial_rows
 
 __all__ = ["Slack", "expected_reach"]
+
+HAS_FIRED = 1e-37  # a change that came out as nothing: what fired stays listed, for the step may be undone
 
 
 def expected_reach(problem: Problem, targets: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -132,6 +133,8 @@ def _move_rows(
             while points[p] != i:  # what fires is listed
                 p += one
             changes[p] += step[i]
+            if changes[p] == 0:
+                changes[p] = HAS_FIRED
             square += np.float64(step[i]) * u[i]
         length = scale * np.sqrt(max(square, 0.0))
         left[row] -= length

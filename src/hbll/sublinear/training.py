@@ -43,9 +43,8 @@ def fit(
 ) -> Model:
     """Fit f(x) = m^-1/2 sum_r a_r max(<w_r, x> - b, 0), b = sqrt(2 kappa ln m), to y by full-batch training of the w_r.
 
-    X (n, d): rows are scaled to unit norm, as the method needs; append a constant feature to keep their length. y
-    (n,), or (n, t)
-    for t targets, each with a network of its own from the same initial weights, whose search starts from one screen.
+    X (n, d): rows are scaled to unit norm, as the method needs; append a constant feature to keep their length.
+    y (n,), or (n, t) for t targets, each with a network of its own from the same initial weights, on one screen.
     width: m. kappa: the larger, the fewer neurons fire, about m^(1 - kappa) of them on a point.
 
     engine: how the neurons that fire are found; all are exact and follow the same trajectory. "auto" foretells the
