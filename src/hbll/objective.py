@@ -91,8 +91,9 @@ class Step:
                 own = None if math.isnan(error) else error
                 reports[n] = NodeReport(own, *changes, rose=rose.get(n), cosine=cosine.get(n))
         if not reports:  # exact credit corrects no node
-            ((node,), term), *_ = trace.terms
-            reports = {int(node): NodeReport(term.item(), cosine=cosine.get(int(node)))}
+            (nodes, term), *_ = trace.terms
+            if not isinstance(nodes, str):  # while a pipeline fills, no node learns
+                reports = {nodes[0]: NodeReport(term.item(), cosine=cosine.get(nodes[0]))}
         return dict(sorted(reports.items()))
 
 
@@ -175,22 +176,26 @@ class Objective(nn.Module):
     def _update(self, trace: Trace) -> None:
         """Every block moves its output to the node's target, or along the node's gradient."""
         for wave in trace.waves:
-            if wave.nodes[0] not in trace.target:
-                continue
             outputs, parameters = wave.evaluation.outputs, wave.evaluation.parameters
+            moving = [i for i, n in enumerate(wave.nodes) if n in trace.target]
+            if not moving or (trace.pulls_back and not parameters):
+                continue
+            nodes = tuple(wave.nodes[i] for i in moving)
+            if len(moving) < len(wave.nodes):
+                outputs = outputs[moving]
             if self.rule.scope == "block":
-                target = stack([trace.target[n] for n in wave.nodes])
+                target = stack([trace.target[n] for n in nodes])
                 divergence = trace.family.divergence(wide(target), wide(outputs))
                 value = per_sample(divergence).mean(1).sum()
                 tensors, gradients = [value], [torch.ones_like(value)]
             else:
-                gradient = stack([trace.gradient[n] for n in wave.nodes])
+                gradient = stack([trace.gradient[n] for n in nodes])
                 value = torch.zeros((), dtype=wide(gradient).dtype, device=gradient.device)
                 tensors, gradients = [outputs], [gradient]
             if trace.pulls_back:  # the inputs are leaves, into which loss.backward() would put gradients
                 gradients = torch.autograd.grad(tensors, parameters, gradients, materialize_grads=True)
                 tensors = parameters
-            trace.terms.append((wave.nodes, attach_gradients(value, tensors, gradients)))
+            trace.terms.append((nodes, attach_gradients(value, tensors, gradients)))
 
     @staticmethod
     def _train_rim(trace: Trace) -> None:
