@@ -41,11 +41,12 @@ class LateCredit(Credit):
             arriving[stages[-1]] = self._from_head(trace, stages[-1])
         if not arriving:  # the pipeline still fills: a step that moves nothing
             embedded = trace.boundary[0]
-            nothing = attach_gradients(embedded.new_zeros(()), [embedded], [torch.zeros_like(embedded)])
+            trained = (p for p in trace.network.parameters() if p.requires_grad)
+            leaf = embedded if embedded.requires_grad else next(trained, embedded)
+            nothing = attach_gradients(embedded.new_zeros(()), [leaf], [torch.zeros_like(leaf)])
             trace.terms.append(("embed", nothing))
             return
         # Nothing that arrives in this step depends on another arrival: all stages could do this at once.
-        start = trace.depth("output", [n for wave in trace.waves for n in wave.nodes])
         for n, gradient in arriving.items():
             state = self.waiting[n].pop(0)
             if n == 0:
@@ -61,8 +62,9 @@ class LateCredit(Credit):
             term = attach_gradients(gradient.new_zeros(()), evaluation.parameters, for_parameters)
             trace.terms.append(((n,), term))
             blocks = trace.stages.size([n])
-            trace.count(blocks, start + blocks)
-            trace.count(2 * blocks, start + 2 * blocks)
+            # The last stage's gradient is there when its output is, the others' since the step before.
+            trace.count(blocks, blocks)
+            trace.count(2 * blocks, 2 * blocks)
 
     @staticmethod
     def _from_head(trace: Trace, last: int) -> Tensor:
