@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbll.blocks import make_engine, stack
+from hbll.blocks import Engine, make_engine, stack
 from hbll.late_buffers import register_late_buffers
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
@@ -72,6 +72,7 @@ class TreeGuess(Guess):
         super().__init__()
         self.rule = rule
         self.jumps = nn.ModuleList(rule.jumps)
+        self.engine: Engine | None = None
 
     def prepare(self, network: TreeNetwork, stages: Stages) -> None:
         if not self.jumps:
@@ -81,7 +82,7 @@ class TreeGuess(Guess):
         self.engine = make_engine(list(self.jumps), [f"jump {n}" for n in stages.nodes], self.rule.engine)
 
     def forward(self, trace: Trace) -> Tensor:
-        if not self.jumps:
+        if self.engine is None:
             raise ValueError(
                 "the predictor tree has no jumps yet: call objective.prepare(network) before the optimizer is made"
             )
@@ -89,7 +90,7 @@ class TreeGuess(Guess):
         self._calls = []
         for level, nodes in enumerate(trace.tree.levels, 1):
             for group in self.engine.groups(nodes):
-                with torch.set_grad_enabled(self.training):
+                with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
                     evaluation = self.engine(group, stack([found[trace.tree.left(n)] for n in group]))
                 trace.count(len(group), level)
                 self._calls.append((group, evaluation))
