@@ -83,8 +83,10 @@ def audit(network: TreeNetwork, objective: Objective, x: Any, y: Any) -> Audit:
     trace.observer = observe
     training = objective.training
     objective.eval()  # what the rule keeps from step to step stays as it is
-    objective.follow(trace)
-    objective.train(training)
+    try:
+        objective.follow(trace)
+    finally:
+        objective.train(training)
     reaches: dict[int | str, set[str]] = {}
     for nodes, term in trace.terms:
         for n in (nodes,) if isinstance(nodes, str) else nodes:
