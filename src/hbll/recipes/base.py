@@ -26,6 +26,10 @@ class Recipe(ABC):
     name: ClassVar[str]
     """What the command line calls it."""
 
+    threads: ClassVar[int | None] = None
+    """CPU threads that training takes; None: torch's own number. Layers of a few hundred units are as fast on one thread,
+    and then do not wait for each other's threads where other work runs beside."""
+
     depth: int | None = None
     """Depth D of the tree: N = 2^D nodes after the input, 2^D - 1 blocks and the head (3 unless --blocks is given)."""
 

@@ -18,6 +18,7 @@ class Digits(Recipe):
     """ReLU blocks with a skip on scikit-learn's bundled digits (needs no download)."""
 
     name: ClassVar[str] = "digits"
+    threads: ClassVar[int | None] = 1
 
     width: int = 64
     """Units of every state."""

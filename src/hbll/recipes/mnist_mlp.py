@@ -18,6 +18,7 @@ class MnistMlp(Recipe):
     """Sigmoid layers without skip or norm on MNIST (the paper's Table 1; its 4, 8, 16 layers are --depth 2, 3, 4)."""
 
     name: ClassVar[str] = "mnist-mlp"
+    threads: ClassVar[int | None] = 1
 
     width: int = 100
     """Units of every state."""

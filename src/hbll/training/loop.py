@@ -82,6 +82,8 @@ class Training:
 
     def __init__(self, run: Run, samples: Samples) -> None:
         recipe = run.recipe
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
         self.run = run
         self.samples = samples
         self.network = recipe.initial_network(run.seed).to(device())
