@@ -15,7 +15,7 @@ from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.scan import Coarse, correct, defect
 from hbll.stages import Stages
-from hbll.trace import Trace
+from hbll.trace import Trace, assemble
 
 __all__ = ["STATES", "ChainStates", "ScanStates", "States", "StreamStates", "TreeStates"]
 
@@ -100,12 +100,12 @@ class ScanStates(States):
         states = self.sweep(trace, self.rule.sweeps - 1, self.rule.tolerance)
         nodes = trace.stages.nodes
         inputs = self._inputs(trace, states)
-        outputs = torch.empty_like(inputs)
+        parts = []
         for positions in trace.engine.partition(nodes):
             group = tuple(nodes[p] for p in positions)
             wave = trace.add_wave(group, tuple(n - 1 for n in group), inputs[positions], trace.clock)
-            outputs[positions] = wave.evaluation.outputs.detach()
-        corrected = correct(inputs, outputs, self.coarse)
+            parts.append((positions, wave.evaluation.outputs.detach()))
+        corrected = correct(inputs, assemble(parts), self.coarse)
         trace.defect = defect(corrected, states)
         trace.head_state = corrected[-1]
         self.guess.learn(trace, corrected)

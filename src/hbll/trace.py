@@ -20,7 +20,7 @@ from hbll.rule import Rule
 from hbll.stages import Stages
 from hbll.tree import Path
 
-__all__ = ["Correction", "Trace", "Wave", "attach_gradients", "per_sample", "wide"]
+__all__ = ["Correction", "Trace", "Wave", "assemble", "attach_gradients", "per_sample", "wide"]
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,12 @@ class Trace:
 
     def sweep(self, inputs: Tensor) -> Tensor:
         """Evaluates all stages at once, without graph, on inputs (S, B, ...); returns the outputs, of that shape."""
-        outputs = torch.empty_like(inputs)
+        parts = []
         with torch.no_grad():
             for positions in self.engine.partition(self.stages.nodes):
                 group = tuple(self.stages.nodes[p] for p in positions)
-                outputs[positions] = self.engine(group, inputs[positions]).outputs
+                parts.append((positions, self.engine(group, inputs[positions]).outputs))
+        outputs = assemble(parts)
         self.clock += self.stages.depth(self.stages.nodes)
         self.count(self.stages.size(self.stages.nodes), self.clock)
         return outputs
@@ -185,12 +186,14 @@ class Trace:
         Returns:
             the gradients at the inputs, (S, B, ...), and the span at which they are there.
         """
-        pulled = torch.empty_like(credit)
+        parts = []
         for wave in self.waves:
             positions = [n - 1 for n in wave.nodes]
-            (pulled[positions],) = torch.autograd.grad(
+            (at_inputs,) = torch.autograd.grad(
                 wave.evaluation.outputs, wave.inputs, credit[positions], retain_graph=True
             )
+            parts.append((positions, at_inputs))
+        pulled = assemble(parts)
         depth += self.stages.depth(self.stages.nodes)
         self.count(self.stages.size(self.stages.nodes), depth)
         return pulled, depth
@@ -256,6 +259,12 @@ class Trace:
                 for parent in wave.parents:
                     if self.boundary[parent].requires_grad:
                         arrived[parent] = max(arrived.get(parent, 0), depth)
+
+
+def assemble(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """Rows 0, 1, .. of a tensor from parts that hold some of them each; under autocast their types may differ."""
+    rows = {p: row for positions, values in parts for p, row in zip(positions, values.unbind(0), strict=True)}
+    return torch.stack([rows[p] for p in range(len(rows))])
 
 
 def per_sample(values: Tensor) -> Tensor:
