@@ -101,8 +101,8 @@ def peak_bytes(X: Array, y: Array, width: int, kappa: float, engine: str) -> int
 def speed(cells: list[tuple], repeats: int) -> Iterator[str]:
     yield f"## Time per iteration and whole fits ({ITERATIONS} Gauss-Newton iterations, float32, {thread_count()} threads)\n"
     yield (
-        "Per iteration: mean over a fit, best of the repeats (numpy: the best single step, BLAS on one thread or all). Whole: the fit with its "
-        "initialisation, best of the repeats. Peak: of all arrays during a fit.\n"
+        "Per iteration: mean over a fit, best of the repeats (numpy: the best single step, BLAS on one thread or all). "
+        "Whole: the fit with its initialisation, best of the repeats. Peak: of all arrays during a fit.\n"
     )
     yield (
         "| m, n, d, kappa | numpy, ms | dense, ms | compact, ms | slack, ms | dense / slack | numpy / slack "
