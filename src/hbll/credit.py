@@ -283,21 +283,22 @@ class SpineCredit(Credit):
 
         def predict(states: Tensor) -> Evaluation:
             current = list(states.unbind(0))
-            parameters: list[Tensor] = []
             for step in range(max(map(len, spines))):
                 moving = [i for i, jumps in enumerate(spines) if step < len(jumps)]
                 through = [spines[i][step] for i in moving]
                 for positions in engine.partition(through):
                     group = tuple(through[p] for p in positions)
                     evaluation = engine(group, stack([current[moving[p]] for p in positions]))
-                    parameters += evaluation.parameters
                     for p, state in zip(positions, evaluation.outputs.unbind(0), strict=True):
                         current[moving[p]] = state
             if rule.heads == "own":
                 found = torch.cat([head(state) for head, state in zip(heads.values(), current, strict=True)])
             else:
                 found = shared(torch.cat(current))
-            parameters += [p for head in dict.fromkeys(heads.values()) for p in head.parameters() if p.requires_grad]
+            # The modules' own parameters, each once: several spines pass the same block, alone or stacked with others, and
+            # autograd would add up all of these ways in every one of them.
+            passed = [*(engine.blocks[n - 1] for jumps in spines for n in jumps), *heads.values()]
+            parameters = dict.fromkeys(p for m in dict.fromkeys(passed) for p in m.parameters() if p.requires_grad)
             return Evaluation(found, tuple(parameters))
 
         return Arc(

@@ -105,7 +105,9 @@ class TreeGuess(Guess):
             F.mse_loss(wide(evaluation.outputs), wide(_rows(states, group)), reduction="sum")
             for group, evaluation in self._calls
         ]
-        parameters = [p for _, evaluation in self._calls for p in evaluation.parameters]
+        parameters = [p for p in self.jumps.parameters() if p.requires_grad]
+        if not parameters:
+            return
         error = torch.stack(errors).sum() / states.numel()
         gradients = torch.autograd.grad(error, parameters, materialize_grads=True)
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
