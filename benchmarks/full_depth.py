@@ -19,11 +19,13 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hbll
+from hbll.data.augment import crop_and_flip
 from hbll.data.cifar import cifar10
 from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
@@ -78,13 +80,14 @@ class Images:
         ).to(device)
 
     def batches(self):
+        draw = np.random.default_rng(torch.initial_seed())
         while True:
             for batch in torch.randperm(len(self.train)).split(self.batch_size):
                 if (
                     len(batch) == self.batch_size
                 ):  # stream wants batches of one size, so nobody gets the last, short one
                     samples = self.train[batch.to(self.train.labels.device)]
-                    yield (crop_and_flip(samples.inputs) if self.augment else samples.inputs), samples.labels
+                    yield (crop_and_flip(samples.inputs, draw) if self.augment else samples.inputs), samples.labels
 
     def probe(self) -> tuple[Tensor, Tensor]:
         return self.train.inputs[:256], self.train.labels[:256]
@@ -171,16 +174,6 @@ class Words(Characters):
 
 
 TASKS = {"images": Images, "characters": Characters, "words": Words}
-
-
-def crop_and_flip(images: Tensor) -> Tensor:
-    """Random shifts by up to 4 pixels and mirrorings, each sample its own."""
-    count, device = len(images), images.device
-    padded = F.pad(images, (4, 4, 4, 4))
-    rows, columns = (torch.randint(9, (count, 1), device=device) + torch.arange(32, device=device) for _ in range(2))
-    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns, columns.flip(1))
-    which = torch.arange(count, device=device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:

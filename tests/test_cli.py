@@ -14,6 +14,11 @@ from hbll import cli
 
 SMALL = ["--blocks", "3", "--width", "16", "--epochs", "2", "--train-samples", "300"]
 
+NEEDS_A_RECIPE = (
+    "hbll train needs the name of a recipe first: "
+    "char-rnn, cifar10-conv, digits, mnist-mlp, sequential-mnist, shakespeare-gpt"
+)
+
 
 @pytest.fixture
 def hbll(capsys, monkeypatch, tmp_path):
@@ -66,8 +71,8 @@ def test_help(hbll, arguments, said):
     ("arguments", "sentence"),
     [
         ("trian", "unknown command trian; did you mean train?"),
-        ("train", "hbll train needs the name of a recipe first: char-rnn, digits, mnist-mlp, sequential-mnist"),
-        ("train --width 3 digits", "hbll train needs the name of a recipe first: char-rnn, digits, mnist-mlp, sequential-mnist"),
+        ("train", NEEDS_A_RECIPE),
+        ("train --width 3 digits", NEEDS_A_RECIPE),
         ("train digit", "unknown recipe digit; did you mean digits?"),
         ("train digits --widht 3", "unknown option --widht; did you mean --width?"),
         ("train digits --widht=3", "unknown option --widht; did you mean --width?"),

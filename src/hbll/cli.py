@@ -212,7 +212,7 @@ def _recipe_options(
     from hbll.recipes import RECIPES
 
     if arguments and arguments[0] in ("-h", "--help"):
-        rows = [f"  {name:12} {recipe.__doc__}" for name, recipe in RECIPES.items()]
+        rows = [f"  {name:16} {recipe.__doc__}" for name, recipe in RECIPES.items()]
         _print_usage(f"hbll {command} RECIPE", rows)
         sys.exit(0)
     if not arguments or arguments[0].startswith("-"):

@@ -23,6 +23,13 @@ class Noisy(Digits):
         return Objective(method, noise=0.1)
 
 
+class Shaken(Digits):
+    """Digits whose images are varied anew in every step."""
+
+    def augment(self, inputs, draw):
+        return inputs + torch.from_numpy(draw.normal(0, 0.1, inputs.shape)).float()
+
+
 class Poisoned(Digits):
     """Digits in which one training sample is not a number."""
 
@@ -76,6 +83,7 @@ def be_killed():
         (replace(SMALL, schedule="cosine"), "bp", 6),
         (replace(SMALL, schedule="linear"), "bp", 6),
         (Noisy(**vars(SMALL)), "paper", 6),
+        (Shaken(**vars(SMALL)), "paper", 6),
     ],
 )
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, step):
@@ -86,6 +94,25 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, s
     torch.manual_seed(99)  # another process would have other random numbers
     train(stopped, resume=True)
     assert outcome(stopped) == outcome(whole)
+
+
+def test_samples_are_varied_anew_in_every_step_and_alike_for_every_method(tmp_path):
+    seen = {}
+
+    class Watched(Shaken):
+        def augment(self, inputs, draw):
+            varied = super().augment(inputs, draw)
+            batches.append((inputs, varied))
+            return varied
+
+    for method in ("paper", "bp"):
+        batches = seen[method] = []
+        train(run_in(tmp_path / method, Watched(**vars(replace(SMALL, batch_size=300))), method))
+    changes = [varied - inputs for inputs, varied in seen["paper"]]
+    assert len(changes) == 3
+    assert all(changes[0].abs().mean() < 0.2 < (changes[0] - other).abs().sum() for other in changes[1:])
+    for (_, mine), (_, other) in zip(seen["paper"], seen["bp"], strict=True):
+        assert mine.equal(other)
 
 
 def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path):

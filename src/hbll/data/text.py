@@ -11,6 +11,9 @@ from hbll.data.splits import Samples, Splits
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 """Of the published input.txt."""
 
+CHARACTERS = 65
+"""Different ones in the published text."""
+
 TEST_SHARE = 10
 """One character in so many, the last ones, is for testing."""
 

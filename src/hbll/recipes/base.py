@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from hbll.data import Splits
 from hbll.network import TreeNetwork
@@ -99,6 +101,10 @@ class Recipe(ABC):
     def objective(self, method: str) -> TrainingRule:
         """The training rule of that name."""
         return Objective(method)
+
+    def augment(self, inputs: Tensor, draw: np.random.Generator) -> Tensor:
+        """The inputs of a training batch as the network is to see them in this step, varied by `draw`; here as they are."""
+        return inputs
 
     @abstractmethod
     def load(self, data_dir: Path | None) -> Splits:

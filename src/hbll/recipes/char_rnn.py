@@ -7,11 +7,9 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from hbll.data import Splits
-from hbll.data.text import next_characters, tiny_shakespeare
+from hbll.data.text import CHARACTERS, next_characters, tiny_shakespeare
 from hbll.recipes.base import Recipe
 from hbll.recurrent import CELLS, DepthCells, OneHot, RecurrentNetwork, RecurrentRule, make_rule
-
-CHARACTERS = 65
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from hbll.recipes import Recipe
 from hbll.training import metrics
@@ -161,5 +161,5 @@ def chain_accuracy(line: Metrics) -> float:
 def _memory(comparison: Comparison, method: str) -> int:
     recipe = comparison.recipe
     batch = recipe.splits(comparison.data_dir).train[: recipe.batch_size].to(device())
-    network = recipe.initial_network(0).to(device())
+    network: Any = recipe.initial_network(0).to(device())  # of the kind that the recipe's rules train
     return step_memory(network, recipe.objective(method).prepare(network).to(device()), batch)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,8 +87,9 @@ class Training:
             torch.set_num_threads(recipe.threads)
         self.run = run
         self.samples = samples
-        self.network = recipe.initial_network(run.seed).to(device())
-        self.objective = recipe.objective(run.method).prepare(self.network).to(device())
+        network: Any = recipe.initial_network(run.seed).to(device())  # of the kind that the recipe's rules train
+        self.network = network
+        self.objective = recipe.objective(run.method).prepare(network).to(device())
         weights = [*self.network.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.AdamW(
             weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -179,9 +181,14 @@ class Training:
         return torch.from_numpy(order).to(device())
 
     def _loss(self, order: Tensor) -> Step:
-        size = self.run.recipe.batch_size
+        recipe, size = self.run.recipe, self.run.recipe.batch_size
         batch = self.samples[order[self.position * size : (self.position + 1) * size]]
-        return self.objective(self.network, batch.inputs, batch.labels)
+        return self.objective(self.network, recipe.augment(batch.inputs, self._draw()), batch.labels)
+
+    def _draw(self) -> np.random.Generator:
+        """The step's own random numbers for augmentation: the same whatever the method draws, and after resuming."""
+        # Counted from 1, because a seed padded with zeros is the same seed: step 0 would draw what its order was drawn by.
+        return np.random.default_rng([self.run.seed, self.epoch, 1 + self.position])
 
     def _descend(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()

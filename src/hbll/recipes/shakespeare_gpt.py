@@ -1,0 +1,52 @@
+"""A character language model of transformer blocks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from hbll.data import Splits
+from hbll.data.text import CHARACTERS, next_characters, tiny_shakespeare
+from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
+from hbll.network import TreeNetwork
+from hbll.recipes.base import Recipe, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShakespeareGpt(Recipe):
+    """Causal transformer blocks on tiny Shakespeare, character by character."""
+
+    name: ClassVar[str] = "shakespeare-gpt"
+
+    width: int = 64
+    """Features of every character of a state; an attention head for each 64 of them, but two at least."""
+
+    context: int = 128
+    """Characters of a sequence."""
+
+    epochs: int = 20
+    """Passes over the training samples."""
+
+    schedule: Schedule = "cosine"
+    """How the learning rate goes on over the steps: as it is, down to 0 in a straight line, or along a cosine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context < 1:
+            raise ValueError(f"--context must be at least 1, not {self.context}")
+        if self.width % self.heads:
+            raise ValueError(f"--width must be a multiple of its {self.heads} attention heads, not {self.width}")
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
+        return max(2, self.width // 64)
+
+    def load(self, data_dir: Path | None) -> Splits:
+        return next_characters(tiny_shakespeare(data_dir), self.context)
+
+    def network(self) -> TreeNetwork:
+        return TreeNetwork(
+            embed=GPTEmbed(CHARACTERS, self.context, self.width),
+            blocks=[GPTBlock(self.width, self.heads) for _ in range(self.block_count)],
+            head=GPTHead(CHARACTERS, self.width),
+        )
