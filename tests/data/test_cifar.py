@@ -74,7 +74,7 @@ def test_a_missing_file_is_named(published, read, name):
     folder, _ = published
     file = folder / FOLDERS[read.__name__] / name
     file.unlink()
-    with pytest.raises(ValueError, match="missing .* unpack the binary version") as error:
+    with pytest.raises(ValueError, match=r"missing .* unpack the binary version") as error:
         read(folder)
     assert str(file) in str(error.value)
 

@@ -1,0 +1,93 @@
+"""Language model blocks. Oracle: the same arithmetic with explicit attention, head by head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.test_objective import assert_equal_gradients, gradients
+
+import hbll
+from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
+
+
+def layer_norm(state, norm):
+    mean = state.mean(-1, keepdim=True)
+    variance = (state - mean).square().mean(-1, keepdim=True)
+    return (state - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def perturbed(module):
+    """Norms and biases away from one and zero."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return module.double()
+
+
+def test_the_embedding_by_hand():
+    torch.manual_seed(0)
+    embed = GPTEmbed(11, 8, 6)
+    assert embed.token.weight.std().item() == pytest.approx(0.02, rel=0.3)
+    assert embed.position.weight.std().item() == pytest.approx(0.02, rel=0.4)
+    tokens = torch.randint(11, (2, 5))
+    found = embed(tokens)
+    for b in range(2):
+        for t in range(5):
+            torch.testing.assert_close(found[b, t], embed.token.weight[tokens[b, t]] + embed.position.weight[t])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_a_block_by_hand(heads):
+    torch.manual_seed(0)
+    block = perturbed(GPTBlock(6, heads))
+    state = torch.randn(2, 5, 6, dtype=torch.float64)
+    qkv = layer_norm(state, block.attention_norm) @ block.query_key_value.weight.mT + block.query_key_value.bias
+    query, key, value = qkv[..., :6], qkv[..., 6:12], qkv[..., 12:]
+    size, mixed = 6 // heads, torch.zeros_like(state)
+    for h in range(heads):
+        part = slice(h * size, (h + 1) * size)
+        for t in range(5):
+            scores = torch.einsum("bf,bsf->bs", query[:, t, part], key[:, : t + 1, part]) / size**0.5
+            mixed[:, t, part] = torch.einsum("bs,bsf->bf", scores.softmax(-1), value[:, : t + 1, part])
+    after = state + mixed @ block.attention_out.weight.mT + block.attention_out.bias
+    inner = layer_norm(after, block.perceptron_norm) @ block.perceptron_in.weight.mT + block.perceptron_in.bias
+    assert inner.shape[-1] == 24
+    inner = inner * (1 + torch.erf(inner / 2**0.5)) / 2
+    expected = after + inner @ block.perceptron_out.weight.mT + block.perceptron_out.bias
+    torch.testing.assert_close(block(state), expected)
+
+
+def test_no_token_sees_a_later_one():
+    torch.manual_seed(0)
+    block = perturbed(GPTBlock(6, 2))
+    state = torch.randn(2, 5, 6, dtype=torch.float64)
+    changed = state.clone()
+    changed[:, 3] *= -1
+    before, after = block(state), block(changed)
+    torch.testing.assert_close(before[:, :3], after[:, :3], rtol=0, atol=0)
+    assert ((before[:, 3:] - after[:, 3:]).abs().amax((0, 2)) > 1e-3).all()
+
+
+def test_dropout_is_for_training():
+    torch.manual_seed(0)
+    block, state = GPTBlock(6, 2, dropout=0.5), torch.randn(2, 5, 6)
+    assert not torch.equal(block(state), block(state))
+    block.eval()
+    assert torch.equal(block(state), block(state))
+
+
+def test_the_head_by_hand():
+    torch.manual_seed(0)
+    head = perturbed(GPTHead(11, 6))
+    state = torch.randn(2, 5, 6, dtype=torch.float64)
+    expected = layer_norm(state, head.norm) @ head.predict.weight.mT + head.predict.bias
+    torch.testing.assert_close(head(state), expected)
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_scan_trains_it_exactly(engine):
+    torch.manual_seed(0)
+    net = hbll.TreeNetwork(GPTEmbed(11, 8, 6), [GPTBlock(6, 2) for _ in range(4)], GPTHead(11, 6)).double()
+    x, y = torch.randint(11, (2, 2, 5))
+    step = hbll.Objective("scan", stage=2, sweeps=2, credit_sweeps=2, engine=engine)(net, x, y)
+    exact = F.cross_entropy(net(x).flatten(0, 1), y.flatten())
+    assert_equal_gradients(gradients(net, step.loss), gradients(net, exact))
