@@ -94,7 +94,7 @@ class Arc:
         prior = trace.outputs(self.nodes).requires_grad_()
         prediction = self.predict(prior)
         errors = self.errors(prediction.outputs)
-        total = weight * errors.mean.sum()
+        total = errors.mean.sum() if weight == 1.0 else weight * errors.mean.sum()
         if trace.observer:
             trace.observer(self.nodes, total)
         gradient, *for_parameters = torch.autograd.grad(

@@ -185,17 +185,17 @@ class Objective(nn.Module):
                 outputs = outputs[moving]
             if self.rule.scope == "block":
                 target = stack([trace.target[n] for n in nodes])
-                divergence = trace.family.divergence(wide(target), wide(outputs))
-                value = per_sample(divergence).mean(1).sum()
-                tensors, gradients = [value], [torch.ones_like(value)]
+                moved = per_sample(trace.family.divergence(wide(target), wide(outputs))).mean(1).sum()
+                value, weight = moved, None
             else:
-                gradient = stack([trace.gradient[n] for n in nodes])
-                value = torch.zeros((), dtype=wide(gradient).dtype, device=gradient.device)
-                tensors, gradients = [outputs], [gradient]
+                moved, weight = outputs, stack([trace.gradient[n] for n in nodes])
+                value = torch.zeros((), dtype=wide(weight).dtype, device=weight.device)
             if trace.pulls_back:  # the inputs are leaves, into which loss.backward() would put gradients
-                gradients = torch.autograd.grad(tensors, parameters, gradients, materialize_grads=True)
-                tensors = parameters
-            trace.terms.append((nodes, attach_gradients(value, tensors, gradients)))
+                gradients = torch.autograd.grad(moved, parameters, weight, materialize_grads=True)
+                term = attach_gradients(value, parameters, gradients)
+            else:
+                term = value if weight is None else attach_gradients(value, [moved], [weight])
+            trace.terms.append((nodes, term))
 
     @staticmethod
     def _train_rim(trace: Trace) -> None:
