@@ -17,7 +17,7 @@ from .screen import Screen
 
 __all__ = ["Forecast", "dense_operations", "forecast", "machine_bytes", "refuse_beyond"]
 
-# Nanoseconds on one thread, float32, fitted to benchmarks/sublinear.py; only their ratios decide.
+# Nanoseconds on one thread, float32, read off timings of the phases on one x86-64 machine; only their ratios decide.
 PRODUCT = 0.022  # a multiply-add inside BLAS
 SCAN = 1.0  # one product <w_r, x_j> against the threshold
 ROW = 40.0  # a neuron's bookkeeping in the sparse passes
