@@ -431,7 +431,7 @@ class TestReports:
 
 
 class TestAutocast:
-    @pytest.mark.parametrize("kind", RESIDUAL)
+    @pytest.mark.parametrize("kind", ["mlp", "convolutional"])
     def test_half_precision_stays_close(self, kind):
         net, x, y = RESIDUAL[kind](5)
         net = net.float()

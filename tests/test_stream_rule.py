@@ -102,7 +102,6 @@ class TestPseudoCode:
             ("mlp", 1, "none", "batched"),
             ("mlp", 3, "none", "loop"),
             ("mlp", 9, "doubling", "auto"),
-            ("convolutional", 1, "doubling", "batched"),
             ("convolutional", 2, "doubling", "loop"),
             ("transformer", 2, "doubling", "batched"),
             ("transformer", 3, "right", "loop"),
@@ -307,7 +306,7 @@ class TestShare:
 
     @every_engine
     @pytest.mark.parametrize("jumps", ["doubling", "none"])
-    @pytest.mark.parametrize(("share", "count"), [(0.5, 2), (0.25, 1), (0.8, 3), (0.01, 1)])
+    @pytest.mark.parametrize(("share", "count"), [(0.5, 2), (0.01, 1)])
     def test_unbiased_and_bounded(self, share, count, jumps, engine):
         net, x, y = mlp(5)
         whole = self.full(net, x, y, engine, jumps)
@@ -316,7 +315,7 @@ class TestShare:
             objective(net, x, y)
         torch.manual_seed(0)
         draws = {}
-        for _ in range(40):
+        for _ in range(30):
             step = objective(net, x, y)
             draws[tuple(step.nodes)] = gradients(net, step.loss)
             assert len(step.nodes) == count
