@@ -79,8 +79,9 @@ class EvaluateOptions:
     """Folder of the run."""
 
     path: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Paths to evaluate, each by its blocks (4-6-7), or `chain`, or `rim`. Without it the chain, and the rim cut short
-    at every length."""
+    """Paths to evaluate, each by its blocks (4-6-7), or `chain`, or `rim`, or by the network's own name for it (`tree`).
+    Without it the chain, and the rim cut short at every length; of recurrent networks the chain and, where the method
+    has one, the tree."""
 
     data_dir: Path | None = None
     """Folder that holds the data sets (the run's own, else $HBLL_DATA, else ~/.cache/hbll)."""
@@ -116,13 +117,14 @@ def evaluate(arguments: Sequence[str]) -> None:
     """RUN [OPTIONS]         measure a run's network along paths of its tree"""
     from hbll.training.console import show_paths
     from hbll.training.evaluate import evaluate_run
+    from hbll.training.run import open_run
 
     options = _parse(EvaluateOptions, arguments, "hbll evaluate")
     paths = evaluate_run(options.run, [path for group in options.path for path in group], options.data_dir)
     if options.json:
         print(json.dumps({"paths": paths}))
     else:
-        show_paths(paths)
+        show_paths(paths, open_run(options.run).recipe.measures)
 
 
 def compare(arguments: Sequence[str]) -> None:
@@ -144,7 +146,7 @@ def compare(arguments: Sequence[str]) -> None:
     if options.json:
         print(json.dumps({"methods": results}))
     else:
-        show_results(results, page)
+        show_results(results, comparison.recipe.measures, page)
 
 
 def report(arguments: Sequence[str]) -> None:

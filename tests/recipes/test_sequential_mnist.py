@@ -6,6 +6,9 @@ import torch
 
 from hbll.recipes import RECIPES
 from hbll.recurrent import METHODS
+from hbll.training.evaluate import evaluate_run
+from hbll.training.loop import train
+from hbll.training.run import Run
 
 Recipe = RECIPES["sequential-mnist"]
 
@@ -58,3 +61,13 @@ def test_the_initial_network_is_the_same_for_every_method():
     recipe.objective("hbll")
     again = recipe.initial_network(3).state_dict()
     assert all(first[name].equal(again[name]) for name in first)
+
+
+@pytest.mark.parametrize(("method", "readouts"), [("paper", [("chain", 4), ("tree", 3)]), ("hbll", [("chain", 4)])])
+def test_a_run_is_measured_along_its_chain_and_its_tree(mnist_folder, tmp_path, method, readouts):
+    recipe = Recipe(depth=2, width=4, epochs=1, train_samples=256)
+    run = Run(recipe=recipe, method=method, seed=0, folder=tmp_path / "run", data_dir=mnist_folder)
+    train(run)
+    paths = evaluate_run(run.folder)
+    assert [(path["path"], path["blocks"]) for path in paths] == readouts
+    assert evaluate_run(run.folder, ["chain"]) == paths[:1]

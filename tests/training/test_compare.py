@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import statistics
 from dataclasses import replace
@@ -11,6 +12,7 @@ from hbll.training import metrics
 from hbll.training.compare import Comparison, compare, open_comparison, open_results
 from hbll.training.loop import Interrupted
 from hbll.training.report import write_report
+from hbll.training.tables import result_columns, result_row
 
 RECIPE = RECIPES["digits"](depth=2, width=16, epochs=2, train_samples=400)
 
@@ -27,7 +29,7 @@ def test_a_method_is_summed_up_over_its_seeds(finished):
     comparison, results = finished
     for result, method in zip(results, ("paper", "bp"), strict=True):
         histories = [metrics.read(run.metrics_file) for run in comparison.runs(method)]
-        chains = [history[-1].accuracy["1-2-3"] for history in histories]
+        chains = [history[-1].paths[0]["accuracy"] for history in histories]
         assert result["method"] == method
         assert result["seeds"] == 2
         assert result["accuracy"] == pytest.approx(statistics.mean(chains))
@@ -136,13 +138,32 @@ def test_the_page_of_a_comparison_stands_alone_and_says_it_all(finished):
         assert heading in page.text
 
 
+def test_language_models_are_compared_by_bits(small_data, tmp_path):
+    recipe = RECIPES["shakespeare-gpt"](blocks=1, width=4, context=16, epochs=1, train_samples=20, batch_size=20)
+    comparison = Comparison(recipe=recipe, methods=("bp",), seeds=2, folder=tmp_path / "made", data_dir=small_data)
+    (result,) = compare(comparison)
+    bits = [metrics.read(run.metrics_file)[-1].chain["bits_per_character"] for run in comparison.runs("bp")]
+    assert result["bits_per_character"] == pytest.approx(statistics.mean(bits))
+    assert result["spread"] == pytest.approx(statistics.stdev(bits))
+    assert result["paths"][0]["cross_entropy"] == pytest.approx(result["bits_per_character"] * math.log(2))
+    assert 0 <= result["accuracy"] <= 1
+    columns = ["method", "bits per character", "spread", "cross entropy", "accuracy"]
+    assert result_columns(recipe.measures)[:5] == columns
+    row = result_row(result, recipe.measures)
+    assert row[1:3] == [f"{statistics.mean(bits):.3f}", f"± {statistics.stdev(bits):.3f}"]
+    assert row[4] == f"{100 * result['accuracy']:.2f} %"
+    page = Page(write_report(comparison.folder).read_text())
+    for text in (*columns, *row[:5], "Bits per character by path"):
+        assert text in page.text
+
+
 def test_the_page_of_a_run_shows_its_paths(finished):
     comparison, _ = finished
     run = comparison.runs("bp")[0]
     page = Page(write_report(run.folder).read_text())
-    for path, share in metrics.read(run.metrics_file)[-1].accuracy.items():
-        assert path in page.text
-        assert f"{100 * share:.2f} %" in page.text
+    for path in metrics.read(run.metrics_file)[-1].paths:
+        assert path["path"] in page.text
+        assert f"{100 * path['accuracy']:.2f} %" in page.text
     assert "Corrections" not in page.text  # backpropagation has none
 
 

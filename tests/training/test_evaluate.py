@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -5,9 +7,11 @@ from torch import nn
 from hbll import TreeNetwork
 from hbll.data import Samples
 from hbll.recipes import RECIPES
+from hbll.recipes.measures import ACCURACY, CHARACTER_MEASURES, CROSS_ENTROPY
 from hbll.training import metrics
-from hbll.training.evaluate import accuracies, evaluate_run, load_network, usual_paths
+from hbll.training.evaluate import evaluate_run, load_network, measured
 from hbll.training.loop import train
+from hbll.training.readouts import Readout
 from hbll.training.run import Run
 
 
@@ -28,28 +32,46 @@ def shifting():
     return TreeNetwork(embed=nn.Identity(), blocks=[Shift(node) for node in range(1, 4)], head=nn.Identity())
 
 
+def along(*paths):
+    return [Readout("-".join(map(str, path)), path, len(path)) for path in paths]
+
+
 def test_accuracy_is_the_share_of_correct_guesses_along_each_path(shifting):
     inputs = torch.eye(10).repeat(250, 1)  # more than are evaluated at once
     labels = (inputs.argmax(-1) + 5) % 10  # what blocks 2 and 3 come to
     labels[:500] = (inputs[:500].argmax(-1) + 2) % 10  # what block 2 alone comes to
-    shares = accuracies(shifting, Samples(inputs, labels), [(1, 2, 3), (2,), (2, 3)])
-    assert shares == {(1, 2, 3): 0.0, (2,): 0.2, (2, 3): 0.8}
+    results = measured(shifting, Samples(inputs, labels), along((1, 2, 3), (2,), (2, 3)), [ACCURACY])
+    assert results == [
+        {"path": "1-2-3", "blocks": 3, "accuracy": 0.0},
+        {"path": "2", "blocks": 1, "accuracy": 0.2},
+        {"path": "2-3", "blocks": 2, "accuracy": 0.8},
+    ]
+
+
+def test_every_label_of_a_sequence_counts_in_every_measure(shifting):
+    inputs = torch.eye(10).repeat(30, 1).view(60, 5, 10)
+    labels = (inputs.argmax(-1) + 2) % 10
+    labels[:, 0] = (labels[:, 0] + 1) % 10  # one of five is wrong
+    (result,) = measured(shifting, Samples(inputs, labels), along((2,)), CHARACTER_MEASURES)
+    # A one-hot state as logits gives its class e / (e + 9) and each other one 1 / (e + 9).
+    nats = math.log(math.e + 9) - 4 / 5
+    assert result["accuracy"] == pytest.approx(0.8)
+    assert result["cross_entropy"] == pytest.approx(nats)
+    assert result["bits_per_character"] == pytest.approx(nats / math.log(2))
+
+
+def test_a_measure_that_is_not_finite_is_none(shifting):
+    inputs, labels = torch.full((3, 10), float("nan")), torch.zeros(3, dtype=torch.long)
+    (result,) = measured(shifting, Samples(inputs, labels), along((2,)), [CROSS_ENTROPY])
+    assert result["cross_entropy"] is None
 
 
 def test_evaluation_happens_in_evaluation_mode_without_gradients(shifting):
     modes = []
     shifting.head.register_forward_hook(lambda *_: modes.append((shifting.training, torch.is_grad_enabled())))
-    accuracies(shifting, Samples(torch.eye(10), torch.arange(10)), [(2,)])
+    measured(shifting, Samples(torch.eye(10), torch.arange(10)), along((2,)), [ACCURACY])
     assert modes == [(False, False)]
     assert shifting.training
-
-
-def test_the_usual_paths_are_the_chain_and_the_rim_cut_short():
-    def paths(blocks):
-        return usual_paths(TreeNetwork(embed=nn.Identity(), blocks=[Shift(0)] * blocks, head=nn.Identity()))
-
-    assert paths(7) == [(1, 2, 3, 4, 5, 6, 7), (4,), (4, 6), (4, 6, 7)]
-    assert paths(1) == [(1,)]
 
 
 @pytest.fixture
@@ -61,12 +83,10 @@ def run(tmp_path):
 
 
 def test_a_run_evaluates_to_what_its_last_epoch_measured(run):
-    last = metrics.read(run.metrics_file)[-1].accuracy
-    assert evaluate_run(run.folder) == [
-        {"path": "1-2-3", "blocks": 3, "accuracy": last["1-2-3"]},
-        {"path": "2", "blocks": 1, "accuracy": last["2"]},
-        {"path": "2-3", "blocks": 2, "accuracy": last["2-3"]},
-    ]
+    paths = evaluate_run(run.folder)
+    assert paths == metrics.read(run.metrics_file)[-1].paths
+    assert [list(path) for path in paths] == [["path", "blocks", "accuracy"]] * 3
+    assert [(path["path"], path["blocks"]) for path in paths] == [("1-2-3", 3), ("2", 1), ("2-3", 2)]
     assert evaluate_run(run.folder, ["2-3"]) == evaluate_run(run.folder, ["rim"])
     assert evaluate_run(run.folder, ["chain"])[0]["path"] == "1-2-3"
 
@@ -75,7 +95,7 @@ def test_the_network_of_a_run_is_an_ordinary_one(run):
     test = run.recipe.splits(None).test
     chain = load_network(run).sequential()
     share = (chain(test.inputs).argmax(-1) == test.labels).float().mean().item()
-    assert share == pytest.approx(metrics.read(run.metrics_file)[-1].accuracy["1-2-3"])
+    assert share == pytest.approx(metrics.read(run.metrics_file)[-1].chain["accuracy"])
 
 
 def test_what_is_no_path_of_the_network_is_refused(run):

@@ -219,7 +219,7 @@ def test_every_epoch_is_measured(tmp_path):
     assert lines == heard
     assert [line.epoch for line in lines] == [1, 2, 3]
     for line in lines:
-        assert list(line.accuracy) == ["1-2-3", "2", "2-3"]
+        assert [path["path"] for path in line.paths] == ["1-2-3", "2", "2-3"]
         assert (line.work, line.span) == (9, 6)  # backpropagation on three blocks: 3 (N - 1) and 2 (N - 1)
         assert line.seconds > 0
         assert line.learning_rate == 1e-3

@@ -10,7 +10,7 @@ LINE = Metrics(
     epoch=1,
     loss=0.1 + 0.2,
     learning_rate=1e-3,
-    accuracy={"1-2-3": 2 / 3, "2": 0.5},
+    paths=[{"path": "1-2-3", "blocks": 3, "accuracy": 2 / 3}, {"path": "2", "blocks": 1, "accuracy": None}],
     seconds=1.5,
     work=9,
     span=6,
@@ -34,6 +34,17 @@ def test_a_file_is_cut_after_some_epochs(tmp_path):
     assert [line.epoch for line in metrics.read(file)] == [1, 2]
     metrics.cut(file, 0)
     assert metrics.read(file) == []
+
+
+def test_lines_of_another_version_are_told(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"epoch": 1, "accuracy": {"1-2-3": 0.5}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl was made by another version"):
+        metrics.read(file)
+
+
+def test_the_chain_is_the_first_path():
+    assert LINE.chain == {"path": "1-2-3", "blocks": 3, "accuracy": 2 / 3}
 
 
 def test_no_file_has_no_lines(tmp_path):

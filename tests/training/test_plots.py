@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+from hbll.recipes.measures import ACCURACY, BITS_PER_CHARACTER
 from hbll.training import plots
 from hbll.training.metrics import Metrics
 
@@ -8,7 +11,10 @@ def history(share, correction, epochs=3):
             epoch=epoch,
             loss=1.0,
             learning_rate=0.1,
-            accuracy={"1-2-3": share, "2": share / 2},
+            paths=[
+                {"path": "1-2-3", "blocks": 3, "accuracy": share},
+                {"path": "2", "blocks": 1, "accuracy": None if share is None else share / 2},
+            ],
             seconds=1.0,
             work=9,
             span=6,
@@ -20,11 +26,11 @@ def history(share, correction, epochs=3):
 
 def test_seeds_that_agree_are_drawn_although_their_mean_is_rounded():
     # The mean of three times 0.1 is above it.
-    assert "<svg" in plots.accuracy_by_path({"paper": [history(0.001, 1.0)] * 3})
+    assert "<svg" in plots.by_path({"paper": [history(0.001, 1.0)] * 3}, ACCURACY)
 
 
 def test_more_methods_than_colours_are_drawn():
-    text = plots.learning_curves({f"method{number}": [history(number / 20, None)] for number in range(12)})
+    text = plots.learning_curves({f"method{number}": [history(number / 20, None)] for number in range(12)}, ACCURACY)
     assert all(f"method{number}" in text for number in range(12))
 
 
@@ -37,4 +43,25 @@ def test_methods_without_corrections_have_no_map():
 
 def test_a_run_of_one_epoch_is_drawn():
     histories = {"paper": [history(0.9, 0.5, epochs=1)]}
-    assert all("<svg" in draw(histories) for draw in (plots.learning_curves, plots.accuracy_by_path, plots.corrections))
+    assert "<svg" in plots.learning_curves(histories, ACCURACY)
+    assert "<svg" in plots.by_path(histories, ACCURACY)
+    assert "<svg" in plots.corrections(histories)
+
+
+def test_axes_say_what_was_measured():
+    line = replace(history(0.5, None)[0], paths=[{"path": "chain", "blocks": 4, "bits_per_character": 2.5}])
+    for draw in (plots.learning_curves, plots.by_path):
+        assert ">bits per character<" in draw({"bp": [[line]]}, BITS_PER_CHARACTER).replace("chain: ", "")
+        assert "accuracy, %" in draw({"bp": [history(0.5, None)]}, ACCURACY)
+
+
+def test_a_measure_that_was_not_finite_is_left_out():
+    for draw in (plots.learning_curves, plots.by_path):
+        assert "<svg" in draw({"bp": [history(None, None)], "paper": [history(0.5, None)]}, ACCURACY)
+
+
+def test_the_ticks_are_those_of_every_method():
+    line = history(0.5, None)[0]
+    longer = replace(line, paths=[{"path": "chain", "blocks": 7, "accuracy": 0.5}])
+    text = plots.by_path({"paper": [[longer]], "bp": [[line]]}, ACCURACY)
+    assert all(f">{tick}<" in text for tick in ("1", "3", "7 (chain)"))

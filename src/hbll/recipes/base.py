@@ -12,6 +12,7 @@ from torch import Tensor
 from hbll.data import Splits
 from hbll.network import TreeNetwork
 from hbll.objective import Objective
+from hbll.recipes.measures import ACCURACY, Measure
 from hbll.recurrent import RecurrentNetwork, RecurrentRule
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -31,6 +32,9 @@ class Recipe(ABC):
     threads: ClassVar[int | None] = None
     """CPU threads that training takes; None: torch's own number. Layers of a few hundred units are as fast on one thread,
     and then do not wait for each other's threads where other work runs beside."""
+
+    measures: ClassVar[tuple[Measure, ...]] = (ACCURACY,)
+    """What networks are measured by on the test samples; curves and spreads are of the first."""
 
     depth: int | None = None
     """Depth D of the tree: N = 2^D nodes after the input, 2^D - 1 blocks and the head (3 unless --blocks is given)."""

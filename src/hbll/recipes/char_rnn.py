@@ -9,6 +9,7 @@ from torch import nn
 from hbll.data import Splits
 from hbll.data.text import CHARACTERS, next_characters, tiny_shakespeare
 from hbll.recipes.base import Recipe
+from hbll.recipes.measures import CHARACTER_MEASURES, Measure
 from hbll.recurrent import CELLS, DepthCells, OneHot, RecurrentNetwork, RecurrentRule, make_rule
 
 
@@ -17,6 +18,7 @@ class CharRnn(Recipe):
     """A recurrent network on tiny Shakespeare, character by character, by hbll, paper, bptt, bptt-fused or deer."""
 
     name: ClassVar[str] = "char-rnn"
+    measures: ClassVar[tuple[Measure, ...]] = CHARACTER_MEASURES
 
     cell: Literal["gru", "elman", "lstm"] = "gru"
     """The recurrent cell; the Elman cell has a sigmoid."""

@@ -9,6 +9,7 @@ from hbll.data.text import CHARACTERS, next_characters, tiny_shakespeare
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
 from hbll.network import TreeNetwork
 from hbll.recipes.base import Recipe, Schedule
+from hbll.recipes.measures import CHARACTER_MEASURES, Measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class ShakespeareGpt(Recipe):
     """Causal transformer blocks on tiny Shakespeare, character by character."""
 
     name: ClassVar[str] = "shakespeare-gpt"
+    measures: ClassVar[tuple[Measure, ...]] = CHARACTER_MEASURES
 
     width: int = 64
     """Features of every character of a state; an attention head for each 64 of them, but two at least."""

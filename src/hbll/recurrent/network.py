@@ -66,9 +66,10 @@ class RecurrentNetwork(nn.Module):
         return self.cells.cells
 
     @property
-    def usual_paths(self) -> list[Path]:
-        """The paths worth measuring: the chain and, where the head reads the last state alone, the tree's."""
-        return [self.tree.chain] if self.every_step else list(dict.fromkeys([self.tree.chain, self.tree.rim]))
+    def readouts(self) -> dict[str, Path]:
+        """The paths that have names: the ``chain`` and, where the head reads the last state alone, another, the ``tree``."""
+        tree, chain = self.tree.rim, self.tree.chain
+        return {"chain": chain} if self.every_step or tree == chain else {"chain": chain, "tree": tree}
 
     def forward(
         self, x: Tensor, path: str | int | Sequence[int] | None = None, lengths: Tensor | None = None

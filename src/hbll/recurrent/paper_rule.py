@@ -6,6 +6,8 @@ which its children start from. The deployed cell, which no longer arc trains, is
 Jacobi's kind: all of its steps at once, K times, from the states of the sweep before (arXiv 2606.21497, section 4.5).
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,8 @@ class PaperRule(RecurrentRule):
     Raises:
         ValueError: a number below its least.
     """
+
+    readouts: ClassVar[tuple[str, ...]] = ("chain", "tree")
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,9 @@ class RecurrentRule(nn.Module):
     Args:
         loss: the label's loss, one value per label.
     """
+
+    readouts: ClassVar[tuple[str, ...]] = ("chain",)
+    """The readouts of a network that the rule trains, by the network's names."""
 
     def __init__(self, loss: Loss = cross_entropy) -> None:
         super().__init__()

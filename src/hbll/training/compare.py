@@ -1,42 +1,29 @@
 """Methods side by side: one run for every method and seed, and what they came to."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, TypedDict
+from typing import Any, TypeAlias
 
 from hbll.recipes import Recipe
 from hbll.training import metrics
 from hbll.training.device import device
-from hbll.training.evaluate import PathAccuracy, path_accuracies
+from hbll.training.evaluate import PathResult
 from hbll.training.files import write_atomically
 from hbll.training.loop import train
 from hbll.training.memory import step_memory
-from hbll.training.metrics import Metrics
 from hbll.training.run import Run, read_json, stored_recipe
 
 FILE = "comparison.json"
 
 
-class MethodResult(TypedDict):
-    """What a method came to; means over its seeds."""
-
-    method: str
-    accuracy: float
-    """Of the chain, a share of the test samples, after the last epoch."""
-    spread: float | None
-    """Standard deviation of the accuracy over the seeds; None for one seed."""
-    seeds: int
-    seconds: float
-    """Wall-clock time of a run's training steps."""
-    work: int
-    span: int
-    """Of a step, in block evaluations."""
-    memory: int
-    """Peak bytes of a step, beyond the weights, the optimizer and the batch."""
-    paths: list[PathAccuracy]
+MethodResult: TypeAlias = dict[str, Any]
+"""What a `method` came to, means over its `seeds`: every measure of the recipe under the measure's own name, of the chain
+after the last epoch, and the `spread` of the first one, its standard deviation over the seeds (None for one seed);
+`seconds`, the wall-clock time of a run's training steps; `work` and `span` of a step, in block evaluations; `memory`, the
+peak bytes of a step beyond the weights, the optimizer and the batch; and `paths`, the results of all paths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,24 +125,29 @@ def open_results(folder: Path) -> list[MethodResult]:
 def _result(comparison: Comparison, method: str) -> MethodResult:
     histories = [metrics.read(run.metrics_file) for run in comparison.runs(method)]
     ends = [history[-1] for history in histories]
-    shares = {path: mean(end.accuracy[path] for end in ends) for path in ends[0].accuracy}
-    chains = [chain_accuracy(end) for end in ends]
-    return MethodResult(
-        method=method,
-        accuracy=mean(chains),
-        spread=stdev(chains) if len(chains) > 1 else None,
-        seeds=len(ends),
-        seconds=mean(sum(line.seconds for line in history) for history in histories),
-        work=ends[0].work,
-        span=ends[0].span,
-        memory=_memory(comparison, method),
-        paths=path_accuracies(shares),
-    )
+    names = [measure.name for measure in comparison.recipe.measures]
+    paths = [_mean_over_seeds(path, names) for path in zip(*(end.paths for end in ends), strict=True)]
+    firsts = [end.chain[names[0]] for end in ends]
+    return {
+        "method": method,
+        **{name: paths[0][name] for name in names},
+        "spread": stdev(firsts) if len(firsts) > 1 and None not in firsts else None,
+        "seeds": len(ends),
+        "seconds": mean(sum(line.seconds for line in history) for history in histories),
+        "work": ends[0].work,
+        "span": ends[0].span,
+        "memory": _memory(comparison, method),
+        "paths": paths,
+    }
 
 
-def chain_accuracy(line: Metrics) -> float:
-    """Along the chain, the longest path."""
-    return line.accuracy[max(line.accuracy, key=lambda path: path.count("-"))]
+def _mean_over_seeds(results: Sequence[PathResult], names: Iterable[str]) -> PathResult:
+    """One path's results, by seed, as one; a measure that is not finite for a seed is not in the mean either."""
+    means = {}
+    for name in names:
+        values = [result[name] for result in results]
+        means[name] = None if None in values else mean(values)
+    return results[0] | means
 
 
 def _memory(comparison: Comparison, method: str) -> int:

@@ -1,29 +1,34 @@
 """Runs as the terminal shows them: progress on stderr, results on stdout."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hbll.recipes import Measure
 from hbll.training import metrics
-from hbll.training.compare import Comparison, MethodResult, chain_accuracy, compare
-from hbll.training.evaluate import PathAccuracy, path_accuracies
+from hbll.training.compare import Comparison, MethodResult, compare
+from hbll.training.evaluate import PathResult
 from hbll.training.loop import Interrupted, train
 from hbll.training.metrics import Metrics
 from hbll.training.run import Run
-from hbll.training.tables import PATH_COLUMNS, RESULT_COLUMNS, path_row, result_row
+from hbll.training.tables import path_columns, path_row, result_columns, result_row
+
+_NAME_WIDTH = 12
+"""Characters that the first column of a table has at least."""
 
 
 def train_shown(run: Run, *, resume: bool) -> None:
-    """`train`, with a bar, a line an epoch, and at the end the accuracy of each path."""
+    """`train`, with a bar, a line an epoch, and at the end what each path came to."""
+    measures = run.recipe.measures
     with _progress() as progress:
         bar = progress.add_task(f"{run.recipe.name}, {run.method}, seed {run.seed}", total=None)
 
         def on_epoch(line: Metrics) -> None:
-            accuracy = f"{100 * chain_accuracy(line):.2f} %"
-            text = f"epoch {line.epoch}/{run.recipe.epochs}  loss {line.loss:.4g}  chain {accuracy}"
+            chain = f"{measures[0].title} of the chain {measures[0].text(line.chain[measures[0].name])}"
+            text = f"epoch {line.epoch}/{run.recipe.epochs}  loss {line.loss:.4g}  {chain}"
             progress.console.print(text, highlight=False)
 
         try:
@@ -35,7 +40,7 @@ def train_shown(run: Run, *, resume: bool) -> None:
             )
         except Interrupted:
             raise KeyboardInterrupt(_how_to_resume("train", run.recipe.name, run.folder)) from None
-    show_paths(path_accuracies(metrics.read(run.metrics_file)[-1].accuracy))
+    show_paths(metrics.read(run.metrics_file)[-1].paths, measures)
     print(f"run: {run.folder}")
 
 
@@ -65,24 +70,29 @@ def compare_shown(comparison: Comparison, *, resume: bool) -> list[MethodResult]
             raise KeyboardInterrupt(advice) from None
 
 
-def show_results(results: Iterable[MethodResult], page: Path) -> None:
+def show_results(results: Iterable[MethodResult], measures: Sequence[Measure], page: Path) -> None:
     """The table of a comparison and where its page lies."""
-    _show(RESULT_COLUMNS, map(result_row, results))
+    _show(result_columns(measures), (result_row(result, measures) for result in results))
     print(f"page: {page}")
 
 
-def show_paths(paths: Iterable[PathAccuracy]) -> None:
-    """The table of accuracies by path."""
-    _show(PATH_COLUMNS, map(path_row, paths))
+def show_paths(paths: Iterable[PathResult], measures: Sequence[Measure]) -> None:
+    """The table of what the paths came to."""
+    _show(path_columns(measures), (path_row(path, measures) for path in paths))
 
 
-def _show(columns: Iterable[str], rows: Iterable[list[str]]) -> None:
+def _show(columns: list[str], rows: Iterable[list[str]]) -> None:
+    rows = list(rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    figures = list(zip(columns, *rows, strict=True))[1:]
+    # Names may be folded but not cut away: a table that has no room for its figures is wider than the terminal.
+    console.width = max(console.width, _NAME_WIDTH + sum(2 + max(map(len, column)) for column in figures))
+    console.print(table)
 
 
 def _progress() -> Progress:

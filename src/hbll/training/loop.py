@@ -15,12 +15,12 @@ from hbll.objective import NodeReport, Step
 from hbll.training import checkpoint, metrics
 from hbll.training.device import device
 from hbll.training.divergence import DivergedError, all_finite, place_in_loss, place_in_weights
-from hbll.training.evaluate import accuracies, usual_paths
+from hbll.training.evaluate import measured
 from hbll.training.interrupt import deferred_interrupt
 from hbll.training.metrics import Metrics
+from hbll.training.readouts import usual_readouts
 from hbll.training.run import Run, check_same, open_run
 from hbll.training.schedule import scheduler
-from hbll.tree import format_path
 
 CHECK_EVERY = 100
 """Steps between two looks at whether the loss is still finite. On a GPU each look waits for the device."""
@@ -124,13 +124,14 @@ class Training:
     def end_epoch(self, test: Samples) -> Metrics:
         """Measures and diagnoses the network, and makes ready for the next epoch."""
         reports = self._diagnose()
-        shares = accuracies(self.network, test, usual_paths(self.network))
+        readouts = usual_readouts(self.network, self.objective)
+        paths = measured(self.network, test, readouts, self.run.recipe.measures)
         self.epoch += 1
         result = Metrics(
             epoch=self.epoch,
             loss=self.loss_sum.item() / self.steps_per_epoch,
             learning_rate=self.learning_rate,
-            accuracy={format_path(path): share for path, share in shares.items()},
+            paths=paths,
             seconds=self.seconds,
             work=self.work,
             span=self.span,
@@ -195,7 +196,7 @@ class Training:
         loss.backward()
         if (limit := self.run.recipe.gradient_clip) is not None:
             for module in (self.network, self.objective):
-                clip_grad_norm_(module.parameters(), limit)
+                clip_grad_norm_(list(module.parameters()), limit)  # a rule may have none
         self.optimizer.step()
         self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hbll.training.evaluate import PathResult
 from hbll.training.files import write_atomically
 
 
@@ -22,8 +23,8 @@ class Metrics:
     learning_rate: float
     """Of the epoch's last step."""
 
-    accuracy: dict[str, float]
-    """Share of the test samples classified correctly at the end of the epoch, by path."""
+    paths: list[PathResult]
+    """The test samples measured at the end of the epoch along the usual paths, the chain first."""
 
     seconds: float
     """Wall-clock time of the epoch's training steps, without evaluation and diagnosis."""
@@ -36,6 +37,11 @@ class Metrics:
     """Each node's report on one batch at the end of the epoch (see `hbll.NodeReport`); None where undefined, and
     no node at all for a rule that cannot be diagnosed."""
 
+    @property
+    def chain(self) -> PathResult:
+        """What the chain came to."""
+        return self.paths[0]
+
 
 def append(file: Path, metrics: Metrics) -> None:
     """Adds a line."""
@@ -44,10 +50,13 @@ def append(file: Path, metrics: Metrics) -> None:
 
 
 def read(file: Path) -> list[Metrics]:
-    """All lines, in order; none for a missing file."""
+    """All lines, in order; none for a missing file. ValueError for lines of another version."""
     if not file.exists():
         return []
-    return [Metrics(**json.loads(line)) for line in file.read_text().splitlines()]
+    try:
+        return [Metrics(**json.loads(line)) for line in file.read_text().splitlines()]
+    except TypeError as error:
+        raise ValueError(f"{file} was made by another version: {error}") from error
 
 
 def cut(file: Path, epochs: int) -> None:

@@ -13,7 +13,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hbll.training.compare import chain_accuracy
+from hbll.recipes import Measure
+from hbll.training.evaluate import PathResult
 from hbll.training.metrics import Metrics
 
 Histories = Mapping[str, Sequence[Sequence[Metrics]]]
@@ -40,39 +41,42 @@ _STYLE = {
 }
 
 
-def learning_curves(histories: Histories) -> str:
-    """The chain's accuracy over the epochs: mean over the seeds, and the range they span."""
+def learning_curves(histories: Histories, measure: Measure) -> str:
+    """The chain over the epochs: mean over the seeds, and the range they span."""
     with mpl.rc_context(_STYLE):
         figure = Figure((7.2, 4.0), layout="constrained")
         axes = figure.subplots()
         for colour, (method, runs) in zip(cycle(_COLOURS), histories.items(), strict=False):
-            curves = 100 * np.array([[chain_accuracy(line) for line in run] for run in runs])
+            curves = _scaled([[line.chain for line in run] for run in runs], measure)
             epochs = [line.epoch for line in runs[0]]
             axes.plot(epochs, curves.mean(0), color=colour, label=method)
             axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
-        axes.set(xlabel="epoch", ylabel="accuracy of the chain, %")
+        axes.set(xlabel="epoch", ylabel=f"chain: {measure.axis}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper left", ncols=6)
         return _svg(figure)
 
 
-def accuracy_by_path(histories: Histories) -> str:
-    """Accuracy after the last epoch of the paths that were measured, by their number of blocks."""
+def by_path(histories: Histories, measure: Measure) -> str:
+    """The paths that were measured after the last epoch, by their number of blocks."""
     with mpl.rc_context(_STYLE):
         figure = Figure((7.2, 4.0), layout="constrained")
         axes = figure.subplots()
+        ticks: set[int] = set()  # methods may differ in their paths
         styles = zip(cycle(_COLOURS), cycle(_MARKERS), histories.items(), strict=False)
         for colour, marker, (method, runs) in styles:
-            paths = sorted(runs[0][-1].accuracy, key=_blocks)
-            shares = 100 * np.array([[run[-1].accuracy[path] for path in paths] for run in runs])
-            middle = shares.mean(0)
-            ranges = np.maximum(0, [middle - shares.min(0), shares.max(0) - middle])  # a mean is rounded
-            blocks = [_blocks(path) for path in paths]
+            paths = [sorted(run[-1].paths, key=lambda path: path["blocks"]) for run in runs]
+            values = _scaled(paths, measure)
+            middle = values.mean(0)
+            ranges = np.maximum(0, [middle - values.min(0), values.max(0) - middle])  # a mean is rounded
+            blocks = [path["blocks"] for path in paths[0]]
             axes.errorbar(blocks, middle, ranges, color=colour, marker=marker, capsize=3, label=method)
+            ticks.update(blocks)
+        *shorter, chain = sorted(ticks)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(blocks, [*map(str, blocks[:-1]), f"{blocks[-1]} (chain)"])
+        axes.set_xticks([*shorter, chain], [*map(str, shorter), f"{chain} (chain)"])
         axes.minorticks_off()
-        axes.set(xlabel="blocks", ylabel="accuracy, %")
+        axes.set(xlabel="blocks", ylabel=measure.axis)
         figure.legend(loc="outside upper left", ncols=6)
         return _svg(figure)
 
@@ -107,8 +111,9 @@ def _corrections(runs: Iterable[Sequence[Metrics]]) -> np.ndarray:
     return np.array(values, dtype=float).mean(0).T
 
 
-def _blocks(path: str) -> int:
-    return path.count("-") + 1
+def _scaled(results: Sequence[Sequence[PathResult]], measure: Measure) -> np.ndarray:
+    """A run a row, NaN where the measure is not finite."""
+    return measure.scale * np.array([[result[measure.name] for result in run] for run in results], dtype=float)
 
 
 def _svg(figure: Figure) -> str:

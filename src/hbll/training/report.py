@@ -1,18 +1,17 @@
 """One self-contained HTML page about a run or a comparison."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from string import Template
 
-from hbll.recipes import Recipe, flag
+from hbll.recipes import Measure, Recipe, flag
 from hbll.training import metrics, plots
 from hbll.training.compare import FILE, open_comparison, open_results
-from hbll.training.evaluate import path_accuracies
 from hbll.training.files import write_atomically
 from hbll.training.run import open_run
-from hbll.training.tables import PATH_COLUMNS, RESULT_COLUMNS, path_row, result_row
+from hbll.training.tables import path_columns, path_row, result_columns, result_row
 
 _PAGE = Template(
     """<!doctype html>
@@ -59,6 +58,8 @@ def write_report(folder: Path) -> Path:
 
 def _comparison_page(folder: Path) -> str:
     results, comparison = open_results(folder), open_comparison(folder)
+    measures = comparison.recipe.measures
+    rows = [result_row(result, measures) for result in results]
     histories = {
         method: [metrics.read(run.metrics_file) for run in comparison.runs(method)] for method in comparison.methods
     }
@@ -66,8 +67,8 @@ def _comparison_page(folder: Path) -> str:
         title=f"{comparison.recipe.name}: {', '.join(comparison.methods)}",
         summary=f"{_network(comparison.recipe)} {_seeds(comparison.seeds)}",
         sections=[
-            _section("Results", _RESULTS_TEXT, _table(RESULT_COLUMNS, map(result_row, results))),
-            *_figures(histories),
+            _section("Results", _results_text(measures), _table(result_columns(measures), rows)),
+            *_figures(histories, measures[0]),
         ],
         recipe=comparison.recipe,
     )
@@ -79,36 +80,41 @@ def _run_page(folder: Path) -> str:
     if not history:
         raise ValueError(f"the run in {folder} has not finished an epoch yet")
     last = history[-1]
-    text = f"Share of the test samples classified correctly after epoch {last.epoch} of {run.recipe.epochs}."
+    measures = run.recipe.measures
+    text = f"Along every path, on the test samples, after epoch {last.epoch} of {run.recipe.epochs}."
+    rows = [path_row(path, measures) for path in last.paths]
     return _page(
         title=f"{run.recipe.name}, method {run.method}",
         summary=f"{_network(run.recipe)} Seed {run.seed}.",
         sections=[
-            _section("Accuracy", text, _table(PATH_COLUMNS, map(path_row, path_accuracies(last.accuracy)))),
-            *_figures({run.method: [history]}),
+            _section("Results", text, _table(path_columns(measures), rows)),
+            *_figures({run.method: [history]}, measures[0]),
         ],
         recipe=run.recipe,
     )
 
 
-_RESULTS_TEXT = (
-    "Accuracy of the chain of all blocks on the test samples after the last epoch, with its standard deviation over "
-    "the seeds; time of a run's training steps; work and span of a step in block evaluations; and the most memory a "
-    "step held beyond weights, optimizer and batch."
-)
+def _results_text(measures: Sequence[Measure]) -> str:
+    first, *others = [measure.title for measure in measures]
+    more = f" ({', '.join(others)} likewise)" if others else ""
+    return (
+        f"{first.capitalize()} of the chain of all blocks on the test samples after the last epoch, with its standard "
+        f"deviation over the seeds{more}; time of a run's training steps; work and span of a step in block evaluations; "
+        "and the most memory a step held beyond weights, optimizer and batch."
+    )
 
 
-def _figures(histories: plots.Histories) -> list[str]:
+def _figures(histories: plots.Histories, measure: Measure) -> list[str]:
     sections = [
         _section(
             "Learning curves",
             "The chain on the test samples: mean over the seeds, and the range they span.",
-            plots.learning_curves(histories),
+            plots.learning_curves(histories, measure),
         ),
         _section(
-            "Accuracy by path",
-            "A path uses some of the blocks: here the rim of the tree, cut short at every length, and the chain of all.",
-            plots.accuracy_by_path(histories),
+            f"{measure.title.capitalize()} by path",
+            "A path uses some of the blocks: the chain all of them, the others those that the tree leads through.",
+            plots.by_path(histories, measure),
         ),
     ]
     if heat_maps := plots.corrections(histories):

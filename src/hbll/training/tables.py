@@ -1,18 +1,26 @@
 """Results as people read them, in the terminal and on the page."""
 
+from collections.abc import Sequence
+
+from hbll.recipes import Measure
 from hbll.training.compare import MethodResult
-from hbll.training.evaluate import PathAccuracy
-
-RESULT_COLUMNS = ["method", "accuracy", "spread", "seconds", "work", "span", "peak memory"]
+from hbll.training.evaluate import PathResult
 
 
-def result_row(result: MethodResult) -> list[str]:
-    """A method's results, under RESULT_COLUMNS."""
-    spread = "" if result["spread"] is None else f"± {100 * result['spread']:.2f}"
+def result_columns(measures: Sequence[Measure]) -> list[str]:
+    """The columns of a table of methods."""
+    first, *others = [measure.title for measure in measures]
+    return ["method", first, "spread", *others, "seconds", "work", "span", "peak memory"]
+
+
+def result_row(result: MethodResult, measures: Sequence[Measure]) -> list[str]:
+    """A method's results, under `result_columns`."""
+    first, *others = [measure.text(result[measure.name]) for measure in measures]
     return [
         result["method"],
-        f"{100 * result['accuracy']:.2f} %",
-        spread,
+        first,
+        "" if result["spread"] is None else f"± {measures[0].number(result['spread'])}",
+        *others,
         f"{result['seconds']:.1f}",
         str(result["work"]),
         str(result["span"]),
@@ -20,9 +28,11 @@ def result_row(result: MethodResult) -> list[str]:
     ]
 
 
-PATH_COLUMNS = ["path", "blocks", "accuracy"]
+def path_columns(measures: Sequence[Measure]) -> list[str]:
+    """The columns of a table of paths."""
+    return ["path", "blocks", *(measure.title for measure in measures)]
 
 
-def path_row(path: PathAccuracy) -> list[str]:
-    """A path's accuracy under PATH_COLUMNS."""
-    return [path["path"], str(path["blocks"]), f"{100 * path['accuracy']:.2f} %"]
+def path_row(path: PathResult, measures: Sequence[Measure]) -> list[str]:
+    """What a path came to, under `path_columns`."""
+    return [path["path"], str(path["blocks"]), *(measure.text(path[measure.name]) for measure in measures)]
