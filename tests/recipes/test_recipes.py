@@ -86,6 +86,9 @@ def test_a_batch_must_be_had():
         ({"learning_rate": 0.0}, "--learning-rate must be above 0 and finite"),
         ({"learning_rate": float("nan")}, "--learning-rate must be above 0 and finite"),
         ({"weight_decay": -0.1}, "--weight-decay must be at least 0 and finite"),
+        ({"stage": 0}, "--stage must be at least 1, not 0"),
+        ({"rim": -0.1}, "--rim must be at least 0 and finite, not -0.1"),
+        ({"rim": float("nan")}, "--rim must be at least 0 and finite, not nan"),
     ],
 )
 def test_a_value_that_cannot_be_is_one_sentence(options, sentence):

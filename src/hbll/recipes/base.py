@@ -102,13 +102,13 @@ class Recipe(ABC):
         torch.manual_seed(seed)
         return self.network()
 
-    def objective(self, method: str) -> TrainingRule:
-        """The training rule of that name."""
-        return Objective(method)
-
     def augment(self, inputs: Tensor, draw: np.random.Generator) -> Tensor:
         """The inputs of a training batch as the network is to see them in this step, varied by `draw`; here as they are."""
         return inputs
+
+    @abstractmethod
+    def objective(self, method: str) -> TrainingRule:
+        """The training rule of that name; ValueError when there is none."""
 
     @abstractmethod
     def load(self, data_dir: Path | None) -> Splits:

@@ -12,13 +12,14 @@ from hbll.data.augment import crop_and_flip
 from hbll.data.cifar import cifar10
 from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
 from hbll.network import TreeNetwork
-from hbll.recipes.base import Recipe, Schedule
+from hbll.recipes.base import Schedule
+from hbll.recipes.tree_recipe import TreeRecipe
 
 CLASSES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10Conv(Recipe):
+class Cifar10Conv(TreeRecipe):
     """ConvNeXt-like blocks on patches of 4 x 4 pixels of CIFAR-10, whose images are shifted and mirrored at random."""
 
     name: ClassVar[str] = "cifar10-conv"

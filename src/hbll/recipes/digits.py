@@ -10,11 +10,11 @@ from hbll import data
 from hbll.data import Splits
 from hbll.models.mlp import SkipBlock
 from hbll.network import TreeNetwork
-from hbll.recipes.base import Recipe
+from hbll.recipes.tree_recipe import TreeRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits(Recipe):
+class Digits(TreeRecipe):
     """ReLU blocks with a skip on scikit-learn's bundled digits (needs no download)."""
 
     name: ClassVar[str] = "digits"

@@ -10,11 +10,11 @@ from hbll import data
 from hbll.data import Splits
 from hbll.models.mlp import sigmoid_layer
 from hbll.network import TreeNetwork
-from hbll.recipes.base import Recipe
+from hbll.recipes.tree_recipe import TreeRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class MnistMlp(Recipe):
+class MnistMlp(TreeRecipe):
     """Sigmoid layers without skip or norm on MNIST (the paper's Table 1; its 4, 8, 16 layers are --depth 2, 3, 4)."""
 
     name: ClassVar[str] = "mnist-mlp"

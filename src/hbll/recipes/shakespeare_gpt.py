@@ -8,12 +8,13 @@ from hbll.data import Splits
 from hbll.data.text import CHARACTERS, next_characters, tiny_shakespeare
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
 from hbll.network import TreeNetwork
-from hbll.recipes.base import Recipe, Schedule
+from hbll.recipes.base import Schedule
 from hbll.recipes.measures import CHARACTER_MEASURES, Measure
+from hbll.recipes.tree_recipe import TreeRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShakespeareGpt(Recipe):
+class ShakespeareGpt(TreeRecipe):
     """Causal transformer blocks on tiny Shakespeare, character by character."""
 
     name: ClassVar[str] = "shakespeare-gpt"

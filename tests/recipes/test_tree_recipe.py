@@ -1,0 +1,53 @@
+"""The rule's options that recipes take: what they do to the rule, and that a run keeps them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hbll import Objective, TreeNetwork
+from hbll.recipes import RECIPES
+from hbll.rule import PRESETS
+from hbll.training import metrics
+from hbll.training.loop import train
+from hbll.training.run import Run, open_run
+
+DIGITS = RECIPES["digits"](blocks=7, width=8, epochs=1, train_samples=128)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values())
+def test_every_recipe_with_a_tree_of_blocks_has_the_options(recipe):
+    options = {"stage": 2, "rim": 0.5}
+    if isinstance(recipe().network(), TreeNetwork):
+        rule = recipe(**options).objective("bp").rule
+        assert (rule.stage, rule.rim) == (2, 0.5)
+    else:
+        with pytest.raises(TypeError):
+            recipe(**options)
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_what_is_not_chosen_is_the_presets_own(method):
+    assert DIGITS.objective(method).rule == Objective(method).rule
+    assert replace(DIGITS, stage=3).objective(method).rule == Objective(method, stage=3).rule
+    assert replace(DIGITS, rim=0.1).objective(method).rule == Objective(method, rim=0.1).rule
+
+
+def test_a_single_stage_of_all_blocks_is_backpropagation():
+    network, samples = DIGITS.initial_network(0), DIGITS.splits(None).train[:64]
+
+    def gradient(recipe, method):
+        loss = recipe.objective(method)(network, samples.inputs, samples.labels).loss
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(network.parameters()))])
+
+    torch.testing.assert_close(gradient(replace(DIGITS, stage=7), "scan"), gradient(DIGITS, "bp"))
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_run_is_trained_and_kept_with_its_options(tmp_path, method):
+    run = Run(recipe=replace(DIGITS, stage=3, rim=0.3), method=method, seed=0, folder=tmp_path)
+    train(run)
+    assert open_run(tmp_path) == run
+    assert [path["path"] for path in metrics.read(run.metrics_file)[-1].paths] == ["1-2-3-4-5-6-7", "4", "4-6", "4-6-7"]
+    with pytest.raises(ValueError, match="was trained with --stage 3, not 2"):
+        train(replace(run, recipe=replace(run.recipe, stage=2)), resume=True)
