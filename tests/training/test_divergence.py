@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hbll import Tree, TreeNetwork
+from hbll.stages import Stages
 from hbll.training.divergence import all_finite, place_in_loss, place_in_weights
 
 NAN = float("nan")
@@ -32,12 +33,19 @@ def test_the_first_bad_node_is_the_first_that_was_walked(bad, place):
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])
 @pytest.mark.parametrize(
-    ("parameter", "place"), [("embed.bias", "the embed"), ("blocks.4.weight", "node 5"), ("head.weight", "the head")]
+    ("parameter", "size", "place"),
+    [
+        ("embed.bias", 1, "the embed"),
+        ("blocks.4.weight", 1, "node 5"),
+        ("blocks.4.weight", 3, "node 2"),
+        ("head.weight", 1, "the head"),
+    ],
 )
-def test_a_bad_weight_is_found(network, value, parameter, place):
+def test_a_bad_weight_is_found(network, value, parameter, size, place):
+    stages = Stages(network.blocks, size, "loop")
     assert all_finite(network)
-    assert place_in_weights(network) is None
+    assert place_in_weights(network, stages) is None
     with torch.no_grad():
         network.get_parameter(parameter).view(-1)[-1] = value
     assert not all_finite(network)
-    assert place_in_weights(network) == place
+    assert place_in_weights(network, stages) == place

@@ -28,12 +28,15 @@ def place_in_loss(tree: Tree, reports: Mapping[int, Any]) -> str:
     return "the head"
 
 
-def place_in_weights(network: nn.Module) -> str | None:
-    """The first part along the chain with a weight that is not finite; None when there is none."""
+def place_in_weights(network: nn.Module, stages: Any) -> str | None:
+    """The first part along the chain with a weight that is not finite; None when there is none.
+
+    `stages` are the rule's: where the network has blocks, they know which node holds which.
+    """
     for name, parameter in network.named_parameters():
         if not parameter.isfinite().all():
             part, *rest = name.split(".")
-            return f"node {int(rest[0]) + 1}" if part == "blocks" else f"the {part}"
+            return f"node {stages.of(int(rest[0]) + 1)}" if part == "blocks" else f"the {part}"
     return None
 
 

@@ -220,12 +220,13 @@ class Training:
         again = Training(self.run, self.samples)
         again.restore()
         order = again._order()
+        stages = again.objective.stages(again.network)
         while again.position < self.position:
             when = f"in step {again.position + 1} of epoch {again.epoch + 1}"
             step = again._loss(order)
             if not step.loss.isfinite():
-                return f"{when}, first at {place_in_loss(again.objective.stages(again.network).tree, step.nodes)}"
+                return f"{when}, first at {place_in_loss(stages.tree, step.nodes)}"
             again._descend(step.loss)
-            if place := place_in_weights(again.network):
+            if place := place_in_weights(again.network, stages):
                 return f"{when}, first in the weights of {place}"
         return f"by step {self.position} of epoch {self.epoch + 1}"
