@@ -1,6 +1,6 @@
 """A network of one's own, trained by a local rule: transformer blocks on scikit-learn's digits, a row of pixels a token.
 
-    python examples/own_network.py [paper|tree|scan|stream|bp]
+python examples/own_network.py [paper|tree|scan|stream|bp]
 """
 
 import sys
@@ -37,7 +37,9 @@ for epoch in range(1, 6):
             optimizer.step()
     with torch.no_grad():
         correct = (network(data.test.inputs).argmax(1) == data.test.labels).float().mean()
-    print(f"epoch {epoch}: {correct:.1%} of the test digits; a step has work {step.work}, span {step.span} ({step.engine})")
+    print(
+        f"epoch {epoch}: {correct:.1%} of the test digits; a step has work {step.work}, span {step.span} ({step.engine})"
+    )
 
 samples = data.train[:64]
 print(hbll.audit(network, objective, samples.inputs, samples.labels))

@@ -68,7 +68,7 @@ class _AttachGradients(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]  (the decorator hides the name ctx)
         gradients = tuple(grad_outputs[0] * gradient for gradient in ctx.saved_tensors)
         return (None, None, *gradients, *(None for _ in gradients))
 
