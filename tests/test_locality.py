@@ -187,3 +187,15 @@ def test_convolutional_states():
     net = hbll.TreeNetwork(nn.Conv2d(1, 4, 1), blocks, head)
     found = hbll.audit(net, hbll.Objective("tree"), torch.randn(BATCH, 1, 5, 5), torch.arange(BATCH) % CLASSES)
     assert found.local
+
+
+def test_a_frozen_neighbour_is_used_but_not_reached():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(7)]
+    network = hbll.TreeNetwork(nn.Linear(3, 4), blocks, nn.Linear(4, 2))
+    blocks[3].requires_grad_(False)
+    found = hbll.audit(network, hbll.Objective("paper"), torch.randn(5, 3), torch.randint(2, (5,)))
+    row = next(row for row in found.rows if row.node == 3)
+    assert row.uses == ("block 4",)
+    assert row.reaches == ("block 3",)
+    assert not any(p.requires_grad for p in blocks[3].parameters())

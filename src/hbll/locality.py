@@ -1,6 +1,7 @@
 """Audit: which parameters does each node's loss reach, and whose weights does its credit need?
 
 Both answers are read off autograd's own graph, leaf by leaf, so they hold for the modules at hand and not only on paper.
+Frozen parameters count among what credit uses; weights that a module uses detached from the graph are not seen.
 Inverted arcs transport weights, but only across one arc: the credit of node n uses the Jacobian of its right neighbour.
 """
 
@@ -68,25 +69,32 @@ def audit(network: TreeNetwork, objective: Objective, x: Any, y: Any) -> Audit:
         network, objective, x, y: as for ``objective(network, x, y)``. No gradient is left behind.
     """
     owners = _owners(network)
+    frozen = [p for p in network.parameters() if not p.requires_grad]
     uses: dict[int, set[str]] = {}
 
-    def names(value: Tensor) -> set[str]:
-        return {name for leaf in _leaves(value) for name in owners.get(id(leaf), ())}
+    def names(value: Tensor, *, with_frozen: bool = False) -> set[str]:
+        ignored = set() if with_frozen else {id(p) for p in frozen}
+        leaves = (leaf for leaf in _leaves(value) if id(leaf) not in ignored)
+        return {name for leaf in leaves for name in owners.get(id(leaf), ())}
 
     def observe(nodes: tuple[int, ...], value: Tensor) -> None:
         for n in nodes:
-            uses.setdefault(n, set()).update(names(value))
+            uses.setdefault(n, set()).update(names(value, with_frozen=True))
 
     # One stage a call: a stacked call would connect every loss of a level with every stage of it.
     stages = Stages(network.blocks, objective.rule.stage, "loop")
-    trace = Trace(network, stages, objective.rule, x, y)
-    trace.observer = observe
     training = objective.training
     objective.eval()  # what the rule keeps from step to step stays as it is
+    for parameter in frozen:  # only what may receive a gradient leaves a trace in the graph
+        parameter.requires_grad_()
     try:
+        trace = Trace(network, stages, objective.rule, x, y)
+        trace.observer = observe
         objective.follow(trace)
     finally:
         objective.train(training)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     reaches: dict[int | str, set[str]] = {}
     for nodes, term in trace.terms:
         for n in (nodes,) if isinstance(nodes, str) else nodes:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 
+import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
@@ -97,13 +98,22 @@ class TreeNetwork(nn.Module):
         """Reads what ``save`` wrote into this network, whose modules must be like the saved one's.
 
         Raises:
-            ValueError: the saved network has another number of blocks, modules or shapes.
+            ValueError: the folder is missing or damaged, or the saved network has other blocks, modules or shapes.
         """
-        folder = FilePath(folder)
-        saved = json.loads((folder / "network.json").read_text())
-        if saved != self._configuration():
-            raise ValueError(f"{folder} holds another network: {saved}, and this one is {self._configuration()}")
-        self.load_state_dict(safetensors.torch.load_file(folder / "weights.safetensors"))
+        folder, own = FilePath(folder), self._configuration()
+        try:
+            saved = json.loads((folder / "network.json").read_text())
+            weights = safetensors.torch.load_file(folder / "weights.safetensors")
+        except (OSError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{folder} holds no saved network, or a damaged one: {error}") from error
+        for what in ("format", "blocks", "feature_dim"):
+            if saved[what] != own[what]:
+                raise ValueError(f"{folder} holds another network: {what} is {saved[what]} there and {own[what]} here")
+        for name in {**saved["shapes"], **own["shapes"]}:
+            there, here = saved["shapes"].get(name), own["shapes"].get(name)
+            if there != here:
+                raise ValueError(f"{folder} holds another network: {name} has shape {there} there and {here} here")
+        self.load_state_dict(weights)
 
     def _configuration(self) -> dict:
         shapes = {name: list(tensor.shape) for name, tensor in self.state_dict().items()}

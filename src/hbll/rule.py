@@ -42,7 +42,8 @@ class Rule:
     noise: float = 0.0
     """Standard deviation of the Gaussian noise on every target, in units of the state."""
     family: Literal["gaussian", "bernoulli", "categorical"] = "gaussian"
-    """The exponential family of the states, whose means the blocks exchange."""
+    """The exponential family of the states, whose means the blocks exchange: embed and blocks must end in what yields such
+    means, a sigmoid for bernoulli, a softmax over features for categorical."""
     variance: float = 1.0
     """sigma^2 of Gaussian states; a larger one weighs the states' errors less against the label's."""
     label_variance: float = 1.0
@@ -90,6 +91,8 @@ class Rule:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if self.spine_share > 1:
             raise ValueError(f"spine_share is at most 1; got {self.spine_share}")
+        if self.noise and self.family != "gaussian":
+            raise ValueError("noise is for Gaussian states: it would take other families' means out of their range")
         if self.inversion == "exact" and self.family != "gaussian":
             raise ValueError("the exact inversion is for Gaussian states; take inversion='taylor' for other families")
         if self.boundary == "posterior" and (self.states, self.credit) != ("tree", "arcs"):
@@ -112,7 +115,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "scan": {"states": "scan", "boundary": "prior", "credit": "scan", "scope": "triplet"},
     "stream": {"states": "stream", "boundary": "prior", "credit": "spine", "scope": "triplet"},
     "pipeline": {"states": "stream", "boundary": "prior", "credit": "late", "scope": "triplet"},
-    "bp": {"states": "chain", "boundary": "prior", "credit": "exact", "scope": "tree"},
+    "bp": {"states": "chain", "boundary": "prior", "credit": "exact", "scope": "tree", "engine": "loop"},
 }
 """The named rules: HBLL as published, its variant without leaks from the label, the two whose chain is accurate at full
 depth, the asynchronous pipeline, and backpropagation."""

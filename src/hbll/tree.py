@@ -58,7 +58,7 @@ class Tree:
         return self._parents[n][0]
 
     def right(self, n: int) -> int:
-        """The right parent of node n: the node that block n's output is to predict."""
+        """The right parent of node n: the node whose target its own block is to predict from node n's state."""
         return self._parents[n][1]
 
     @property

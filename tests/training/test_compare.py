@@ -12,6 +12,7 @@ from hbll.training import metrics
 from hbll.training.compare import Comparison, compare, open_comparison, open_results
 from hbll.training.loop import Interrupted
 from hbll.training.report import write_report
+from hbll.training.run import Run
 from hbll.training.tables import result_columns, result_row
 
 RECIPE = RECIPES["digits"](depth=2, width=16, epochs=2, train_samples=400)
@@ -177,3 +178,18 @@ def test_only_runs_and_comparisons_have_pages(finished, tmp_path):
     (tmp_path / "configuration.json").write_text(json.dumps(json.loads(run.configuration_file.read_text())))
     with pytest.raises(ValueError, match="has not finished an epoch yet"):
         write_report(tmp_path)
+
+
+def test_resuming_with_other_options_leaves_the_comparison_as_it_was(finished):
+    comparison, _ = finished
+    before = comparison.file.read_bytes()
+    with pytest.raises(ValueError, match=r"--width 16, not 32"):
+        compare(replace(comparison, recipe=replace(RECIPE, width=32)), resume=True)
+    assert comparison.file.read_bytes() == before
+
+
+def test_a_run_is_not_put_into_a_comparisons_folder(finished):
+    comparison, _ = finished
+    run = Run(recipe=RECIPE, method="bp", seed=0, folder=comparison.folder)
+    with pytest.raises(ValueError, match="holds a comparison"):
+        run.claim()

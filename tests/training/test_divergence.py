@@ -6,7 +6,7 @@ from torch import nn
 
 from hbll import Tree, TreeNetwork
 from hbll.stages import Stages
-from hbll.training.divergence import all_finite, place_in_loss, place_in_weights
+from hbll.training.divergence import all_finite, place_in_chain, place_in_loss, place_in_weights
 
 NAN = float("nan")
 
@@ -49,3 +49,14 @@ def test_a_bad_weight_is_found(network, value, parameter, size, place):
         network.get_parameter(parameter).view(-1)[-1] = value
     assert not all_finite(network)
     assert place_in_weights(network, stages) == place
+
+
+@pytest.mark.parametrize("bad", [None, 1, 5, "embed"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_first_bad_state_of_the_chain_is_found(network, bad, size):
+    stages = Stages(network.blocks, size, "loop")
+    module = network.embed if bad == "embed" else network.blocks[bad - 1] if bad else None
+    if module:
+        nn.init.constant_(module.bias, float("inf"))
+    expected = "the head" if bad is None else "the embed" if bad == "embed" else f"node {(bad - 1) // size + 1}"
+    assert place_in_chain(network, stages, torch.ones(4, 2)) == expected

@@ -61,3 +61,16 @@ def test_what_json_has_no_number_for_is_null(tmp_path, value):
         raise AssertionError(f"{constant} is not JSON")
 
     assert json.loads(file.read_text(), parse_constant=refuse)["nodes"] == {"1": {"error": None}}
+
+
+@pytest.mark.parametrize("content", ['{"epoch": 1', '"unterminated\n'])
+def test_a_damaged_file_is_named(tmp_path, content):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+        metrics.read(file)
+
+
+def test_a_history_shorter_than_the_checkpoint_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"fewer lines than the 2 epochs"):
+        metrics.cut(tmp_path / "metrics.jsonl", 2)

@@ -14,7 +14,7 @@ from hbll.training.evaluate import PathResult
 from hbll.training.files import write_atomically
 from hbll.training.loop import train
 from hbll.training.memory import step_memory
-from hbll.training.run import Run, read_json, stored_recipe
+from hbll.training.run import Run, check_same, open_run, read_json, stored_recipe
 
 FILE = "comparison.json"
 
@@ -97,6 +97,10 @@ def compare(
         raise ValueError(
             f"{comparison.folder} holds a comparison already: give --resume to go on with it, or another --run-dir"
         )
+    runs = [run for method in comparison.methods for run in comparison.runs(method)]
+    for run in runs:  # before anything of the comparison that lies there is written over
+        if run.configuration_file.exists():
+            check_same(open_run(run.folder), run)
     comparison.folder.mkdir(parents=True, exist_ok=True)
     stored = {
         "recipe": comparison.recipe.name,
@@ -106,7 +110,7 @@ def compare(
         "data_dir": str(comparison.data_dir.absolute()) if comparison.data_dir else None,
     }
     write_atomically(comparison.file, json.dumps(stored, indent=2) + "\n")  # from here on it can be resumed
-    for run in (run for method in comparison.methods for run in comparison.runs(method)):
+    for run in runs:
         on_run(run)
         train(run, resume=run.configuration_file.exists(), on_step=on_step)
     results = [_result(comparison, method) for method in comparison.methods]

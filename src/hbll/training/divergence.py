@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hbll.network import TreeNetwork
 from hbll.tree import Tree
 
 
@@ -25,6 +26,19 @@ def place_in_loss(tree: Tree, reports: Mapping[int, Any]) -> str:
     for node in (node for level in tree.levels for node in level):
         if node in reports and not all(_finite(term) for term in asdict(reports[node]).values()):
             return f"node {node}"
+    return "the head"
+
+
+def place_in_chain(network: TreeNetwork, stages: Any, inputs: Tensor) -> str:
+    """The first part along the chain whose output is not finite, for rules that work on the chain's own states."""
+    with torch.no_grad():
+        state = network.embed(inputs)
+        if not state.isfinite().all():
+            return "the embed"
+        for n, block in enumerate(network.blocks, 1):
+            state = block(state)
+            if not state.isfinite().all():
+                return f"node {stages.of(n)}"
     return "the head"
 
 

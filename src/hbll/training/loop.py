@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from hbll.data import Samples
-from hbll.objective import NodeReport, Step
+from hbll.objective import NodeReport, Objective, Step
 from hbll.training import checkpoint, metrics
 from hbll.training.device import device
-from hbll.training.divergence import DivergedError, all_finite, place_in_loss, place_in_weights
+from hbll.training.divergence import DivergedError, all_finite, place_in_chain, place_in_loss, place_in_weights
 from hbll.training.evaluate import measured
 from hbll.training.interrupt import deferred_interrupt
 from hbll.training.metrics import Metrics
@@ -182,9 +182,13 @@ class Training:
         return torch.from_numpy(order).to(device())
 
     def _loss(self, order: Tensor) -> Step:
+        batch = self._batch(order)
+        return self.objective(self.network, batch.inputs, batch.labels)
+
+    def _batch(self, order: Tensor) -> Samples:
         recipe, size = self.run.recipe, self.run.recipe.batch_size
         batch = self.samples[order[self.position * size : (self.position + 1) * size]]
-        return self.objective(self.network, recipe.augment(batch.inputs, self._draw()), batch.labels)
+        return Samples(recipe.augment(batch.inputs, self._draw()), batch.labels)
 
     def _draw(self) -> np.random.Generator:
         """The step's own random numbers for augmentation: the same whatever the method draws, and after resuming."""
@@ -225,8 +229,15 @@ class Training:
             when = f"in step {again.position + 1} of epoch {again.epoch + 1}"
             step = again._loss(order)
             if not step.loss.isfinite():
-                return f"{when}, first at {place_in_loss(stages.tree, step.nodes)}"
+                return f"{when}, first at {again._place(order, step)}"
             again._descend(step.loss)
             if place := place_in_weights(again.network, stages):
                 return f"{when}, first in the weights of {place}"
         return f"by step {self.position} of epoch {self.epoch + 1}"
+
+    def _place(self, order: Tensor, step: Step) -> str:
+        """Where the loss of the step at hand stopped being finite."""
+        stages = self.objective.stages(self.network)
+        if isinstance(self.objective, Objective) and self.objective.rule.states != "tree":
+            return place_in_chain(self.network, stages, self._batch(order).inputs)
+        return place_in_loss(stages.tree, step.nodes)

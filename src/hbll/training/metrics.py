@@ -50,17 +50,24 @@ def append(file: Path, metrics: Metrics) -> None:
 
 
 def read(file: Path) -> list[Metrics]:
-    """All lines, in order; none for a missing file. ValueError for lines of another version."""
+    """All lines, in order; none for a missing file. ValueError for damaged lines, or lines of another version."""
     if not file.exists():
         return []
     try:
         return [Metrics(**json.loads(line)) for line in file.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     except TypeError as error:
         raise ValueError(f"{file} was made by another version: {error}") from error
 
 
 def cut(file: Path, epochs: int) -> None:
-    """Drops the lines after that many epochs: a process killed after its line may not have saved its checkpoint."""
+    """Drops the lines after that many epochs: a process killed after its line may not have saved its checkpoint.
+
+    ValueError for a file with fewer or damaged lines.
+    """
+    if len(read(file)) < epochs:
+        raise ValueError(f"{file} is damaged: it has fewer lines than the {epochs} epochs that the checkpoint has seen")
     if file.exists():
         write_atomically(file, "".join(file.read_text().splitlines(keepends=True)[:epochs]))
 

@@ -49,6 +49,8 @@ class Run:
 
     def claim(self) -> None:
         """Makes the folder; ValueError when it holds a run already."""
+        if (self.folder / "comparison.json").exists():
+            raise ValueError(f"{self.folder} holds a comparison: give the run another --run-dir")
         if self.configuration_file.exists():
             raise ValueError(f"{self.folder} holds a run already: give --resume to go on with it, or another --run-dir")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +91,12 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{folder} is not the folder of a {what}: it has no {name}")
     try:
-        return json.loads(file.read_text())
+        stored = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(stored, dict) or "recipe" not in stored:
+        raise ValueError(f"{file} is damaged: it names no recipe")
+    return stored
 
 
 def stored_recipe(stored: dict[str, Any], folder: Path) -> Recipe:
@@ -110,11 +115,16 @@ def check_same(stored: Run, wanted: Run) -> None:
     if wanted.recipe.name != stored.recipe.name:
         raise ValueError(f"{stored.folder} holds a run of {stored.recipe.name}, not of {wanted.recipe.name}")
     longer = wanted.recipe.schedule == "constant" and wanted.recipe.epochs > stored.recipe.epochs
-    before = asdict(stored.recipe) | {"method": stored.method, "seed": stored.seed}
-    now = asdict(wanted.recipe) | {"method": wanted.method, "seed": wanted.seed}
+    before, now = _identity(stored), _identity(wanted)
     for option, value in now.items():
         if value != before[option] and not (option == "epochs" and longer):
             raise ValueError(
                 f"{stored.folder} was trained with {flag(option)} {before[option]}, not {value}: "
                 "a run is resumed as it was begun; start another with another --run-dir"
             )
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """The options that make a run what it is; a depth and the number of blocks that it stands for are one."""
+    options = asdict(run.recipe) | {"method": run.method, "seed": run.seed, "blocks": run.recipe.block_count}
+    return {option: value for option, value in options.items() if option != "depth"}
