@@ -165,8 +165,10 @@ class Slack:
         self.neurons, self.signs = screened.neurons, screened.signs
         lists = screened.lists
         self.begins, self.lengths = lists.starts[:-1].copy(), np.diff(lists.starts)
-        self.points, self.z = lists.points.copy(), lists.values.copy()
+        self.points, self.z = lists.points, lists.values
         self.changes = np.zeros(len(self.z), problem.dtype)  # A_ri of the entries
+        self.used = len(self.z)  # of these arrays; what lies behind is room for lists that grow
+        self._make_room(self.used // 16)
         self.slack = screened.slack.copy()
         self.left = self.slack - problem.band  # of the slack, for the path still to walk
         self.walked = np.zeros(len(self.neurons))  # before the present list
@@ -254,17 +256,16 @@ class Slack:
         counts, points, z, changes = map(np.concatenate, zip(*lists, strict=True))
         grown = counts > self.lengths[rows]  # the others stay where they are
         extra = counts * grown
-        self.begins[rows[grown]] = (len(self.points) + np.cumsum(extra) - extra)[grown]
+        self.begins[rows[grown]] = (self.used + np.cumsum(extra) - extra)[grown]
         self.lengths[rows] = counts
-        if grown.any():
-            for name in ("points", "z", "changes"):
-                array = getattr(self, name)
-                setattr(self, name, np.concatenate([array, np.empty(extra.sum(), array.dtype)]))
+        if self.used + extra.sum() > len(self.points):
+            self._make_room(max(extra.sum(), self.used // 4))
+        self.used += extra.sum()
         entries = self._entries(rows)
         self.points[entries], self.z[entries], self.changes[entries] = points, z, changes
         self.work["rows_relisted"] += len(rows)
         self.work["multiply_adds"] += 2 * len(rows) * len(problem) * problem.features
-        if len(self.points) > 4 * self.lengths.sum():
+        if self.used > 4 * self.lengths.sum():
             self._close_gaps()
         self.longest = self._longest()
 
@@ -292,10 +293,18 @@ class Slack:
         ends = np.cumsum(self.lengths[rows])
         return np.repeat(self.begins[rows] - (ends - self.lengths[rows]), self.lengths[rows]) + np.arange(ends[-1])
 
+    def _make_room(self, entries: int) -> None:
+        for name in ("points", "z", "changes"):
+            array = getattr(self, name)
+            larger = np.empty(self.used + entries, array.dtype)
+            larger[: self.used] = array[: self.used]
+            setattr(self, name, larger)
+
     def _close_gaps(self) -> None:
         kept = self._entries(np.arange(len(self.neurons)))
         self.points, self.z, self.changes = self.points[kept], self.z[kept], self.changes[kept]
         self.begins = np.cumsum(self.lengths) - self.lengths
+        self.used = len(self.points)
 
     def coefficients(self) -> Pairs:
         self._close_gaps()

@@ -5,6 +5,7 @@ would need a second thread pool that not every platform's threading layer lets s
 NUMBA_NUM_THREADS sets the number.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,12 @@ def thread_count() -> int:
 @cache
 def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that stay, because starting them takes longer than a small chunk; a forked process needs its own."""
+    return ThreadPoolExecutor(threads - 1)
 
 
 def in_chunks(work: Callable[[Iterable[Chunk]], Iterable[Result]], rows: int, size: int) -> list[Result]:
@@ -56,11 +63,11 @@ def in_chunks(work: Callable[[Iterable[Chunk]], Iterable[Result]], rows: int, si
         if helpers == 0:
             drain()
         else:
-            with ThreadPoolExecutor(helpers) as pool:
-                others = [pool.submit(drain) for _ in range(helpers)]
-                drain()
-                for other in others:
-                    other.result()
+            pool = _pool(os.getpid(), thread_count())
+            others = [pool.submit(drain) for _ in range(helpers)]
+            drain()
+            for other in others:
+                other.result()
     return [results[index] for index in range(len(chunks))]
 
 
