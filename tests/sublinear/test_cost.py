@@ -19,7 +19,7 @@ def test_after_the_screen_the_counts_are_those_of_the_first_iteration(make_probl
     assert told.fired == fires.sum()
     slack = Slack(problem, screened)
     slack.fired()
-    assert told.entries == slack.work["entries_visited"] == len(slack.points)
+    assert told.entries == slack.work["entries_visited"] == slack.used
     assert told.list_work == pytest.approx(fires[slack.neurons].sum(axis=1) @ np.minimum(slack.lengths, 30 / 8))
 
 
