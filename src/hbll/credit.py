@@ -20,7 +20,7 @@ from hbll.stages import Stages, fresh_copy
 from hbll.trace import Correction, Trace, attach_gradients, per_sample, wide
 from hbll.tree import Tree
 
-__all__ = ["CREDIT", "Arc", "ArcCredit", "Credit", "Errors", "ExactCredit", "ScanCredit", "SpineCredit", "spine"]
+__all__ = ["Arc", "ArcCredit", "Credit", "Errors", "ExactCredit", "ScanCredit", "SpineCredit", "spine"]
 
 
 @dataclass(frozen=True)
@@ -208,13 +208,9 @@ class ScanCredit(Credit):
     def finish(self, trace: Trace) -> None:
         nodes = trace.stages.nodes
         outputs = trace.outputs(nodes)
-        state = (outputs[-1] if trace.head_state is None else trace.head_state).detach().requires_grad_()
-        prediction = on_head(trace.network.head, state.unsqueeze(0))
-        errors = label_errors(trace.rule, trace.tokens, prediction.outputs, trace.y, 1)
+        state = outputs[-1] if trace.head_state is None else trace.head_state
+        errors, at_head = train_head(trace, nodes[-1], state, trace.y)
         total = errors.mean.sum()
-        at_head, *for_head = torch.autograd.grad(total, [state, *prediction.parameters], materialize_grads=True)
-        trace.terms.append((nodes[-1:], attach_gradients(total, prediction.parameters, for_head)))
-
         credit = at_head.expand(len(nodes), *at_head.shape)
         at_input = at_head
         depth = trace.depth("output", nodes)
@@ -328,6 +324,17 @@ def spine(node: int, tree: Tree, kind: str) -> tuple[int, ...]:
     return (*(n for n in ahead if n < last), last)
 
 
+def train_head(trace: Trace, node: int, state: Tensor, y: Any) -> tuple[Errors, Tensor]:
+    """Adds the head's loss on the state (B, ...) of a node; returns its errors and their gradient in the state."""
+    state = state.detach().requires_grad_()
+    prediction = on_head(trace.network.head, state.unsqueeze(0))
+    errors = label_errors(trace.rule, trace.tokens, prediction.outputs, y, 1)
+    total = errors.mean.sum()
+    gradient, *for_head = torch.autograd.grad(total, [state, *prediction.parameters], materialize_grads=True)
+    trace.terms.append(((node,), attach_gradients(total, prediction.parameters, for_head)))
+    return errors, gradient
+
+
 def on_head(head: nn.Module, states: Tensor) -> Evaluation:
     """The head on one node's state, (1, B, ...)."""
     return Evaluation(head(states[0]), tuple(p for p in head.parameters() if p.requires_grad))
@@ -358,11 +365,3 @@ def label_errors(rule: Rule, tokens: int, prediction: Any, y: Any, nodes: int) -
         values, count = values * weights, weights.flatten(1).sum(1)
         factor = count * tokens / labels
     return Errors(values.flatten(1).sum(1) / count, per_sample(values), factor)
-
-
-CREDIT: dict[str, type[Credit]] = {
-    "arcs": ArcCredit,
-    "exact": ExactCredit,
-    "scan": ScanCredit,
-    "spine": SpineCredit,
-}

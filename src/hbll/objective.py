@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hbll.blocks import stack
-from hbll.credit import CREDIT, Credit, label_errors
+from hbll.credit import ArcCredit, Credit, ExactCredit, ScanCredit, SpineCredit, label_errors
 from hbll.network import TreeNetwork
 from hbll.pipeline import LateCredit
 from hbll.rule import make_rule
@@ -97,7 +97,13 @@ class Step:
         return dict(sorted(reports.items()))
 
 
-CREDITS: dict[str, type[Credit]] = {**CREDIT, "late": LateCredit}
+CREDITS: dict[str, type[Credit]] = {
+    "arcs": ArcCredit,
+    "exact": ExactCredit,
+    "scan": ScanCredit,
+    "spine": SpineCredit,
+    "late": LateCredit,
+}
 
 
 class Objective(nn.Module):

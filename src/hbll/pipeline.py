@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbll.credit import Credit, label_errors, on_head
+from hbll.credit import Credit, train_head
 from hbll.rule import Rule
 from hbll.trace import Trace, attach_gradients
 
@@ -31,14 +31,15 @@ class LateCredit(Credit):
     def finish(self, trace: Trace) -> None:
         if not self.training:
             raise ValueError("an asynchronous pipeline has no gradients of the batch at hand to look at")
-        stages = trace.stages.nodes
         self.waiting.setdefault(0, []).append(trace.x)
         for wave in trace.waves:
             for n, state in zip(wave.nodes, wave.inputs.detach().unbind(0), strict=True):
                 self.waiting.setdefault(n, []).append(state)
         arriving, self.arriving = self.arriving, {}
-        if len(trace.waves) and stages[-1] in {n for wave in trace.waves for n in wave.nodes}:
-            arriving[stages[-1]] = self._from_head(trace, stages[-1])
+        last = trace.stages.nodes[-1]
+        if any(last in wave.nodes for wave in trace.waves):
+            labels = trace.y if trace.labels is None else trace.labels[last - 1]
+            _, arriving[last] = train_head(trace, last, trace.outputs((last,))[0], labels)
         if not arriving:  # the pipeline still fills: a step that moves nothing
             embedded = trace.boundary[0]
             trained = (p for p in trace.network.parameters() if p.requires_grad)
@@ -65,16 +66,6 @@ class LateCredit(Credit):
             # The last stage's gradient is there when its output is, the others' since the step before.
             trace.count(blocks, blocks)
             trace.count(2 * blocks, 2 * blocks)
-
-    @staticmethod
-    def _from_head(trace: Trace, last: int) -> Tensor:
-        state = trace.outputs((last,)).requires_grad_()
-        prediction = on_head(trace.network.head, state)
-        labels = trace.y if trace.labels is None else trace.labels[last - 1]
-        error = label_errors(trace.rule, trace.tokens, prediction.outputs, labels, 1).mean.sum()
-        gradient, *for_head = torch.autograd.grad(error, [state, *prediction.parameters], materialize_grads=True)
-        trace.terms.append(((last,), attach_gradients(error, prediction.parameters, for_head)))
-        return gradient[0]
 
     def get_extra_state(self) -> dict[str, Any]:
         """Everything in flight, for checkpoints."""

@@ -72,11 +72,8 @@ class ChainStates(States):
     def forward(self, trace: Trace, credit: Credit) -> None:
         if self.rule.credit == "exact":
             trace.evaluate_path(trace.network.resolve(self.rule.path))
-            return
-        for n in trace.tree.chain:
-            (wave,) = trace.evaluate([n], [n - 1])
-            outputs = wave.evaluation.outputs
-            trace.set_boundary(wave, outputs if self.rule.scope == "tree" else outputs.detach(), wave.depth)
+        else:
+            trace.evaluate_in_order(carry_gradient=self.rule.scope == "tree")
 
 
 class ScanStates(States):
@@ -143,9 +140,7 @@ class StreamStates(States):
 
     def forward(self, trace: Trace, credit: Credit) -> None:
         if not self.training:
-            for n in trace.stages.nodes:
-                (wave,) = trace.evaluate([n], [n - 1])
-                trace.set_boundary(wave, wave.evaluation.outputs.detach(), wave.depth)
+            trace.evaluate_in_order(carry_gradient=False)
             return
         waiting = 0
         labels = trace.y.unsqueeze(0)

@@ -198,6 +198,13 @@ class Trace:
         self.count(self.stages.size(self.stages.nodes), depth)
         return pulled, depth
 
+    def evaluate_in_order(self, *, carry_gradient: bool) -> None:
+        """Evaluates one stage after the other, as waves; what each hands on carries its graph or not."""
+        for n in self.stages.nodes:
+            (wave,) = self.evaluate([n], [n - 1])
+            outputs = wave.evaluation.outputs
+            self.set_boundary(wave, outputs if carry_gradient else outputs.detach(), wave.depth)
+
     def evaluate_path(self, path: Path) -> None:
         """Evaluates blocks one after the other from node 0 on, in one graph, and counts the walk back through it."""
         state = self.boundary[0]
