@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hbll.data.augment import crop_and_flip
+from hbll.data.augment import crop_and_flip, shift
 
 
 def every_variant(image):
@@ -54,3 +54,15 @@ def test_the_generator_decides_all():
     assert first.equal(again)
     assert not first.equal(other)
     assert F.pad(images, (4,) * 4).sum() >= first.sum()
+
+
+@pytest.mark.parametrize("margin", [0, 2, 4])
+def test_shifts_alone_are_the_variants_that_are_not_mirrored(margin):
+    image = torch.rand(1, 5, 6)
+    within = {
+        variant.contiguous().numpy().tobytes()
+        for (down, right, mirrored), variant in every_variant(image).items()
+        if max(abs(down), abs(right)) <= margin and not mirrored
+    }
+    found = shift(image.expand(30 * len(within), 1, 5, 6), np.random.default_rng(0), margin)
+    assert {one.tobytes() for one in found.numpy()} == within

@@ -1,4 +1,4 @@
-"""Layers of multilayer perceptrons: sigmoid layers, and ReLU blocks with a skip."""
+"""Layers of multilayer perceptrons: sigmoid layers, normed ReLU layers, and ReLU blocks with a skip."""
 
 from torch import Tensor, nn
 
@@ -6,6 +6,11 @@ from torch import Tensor, nn
 def sigmoid_layer(inputs: int, outputs: int) -> nn.Sequential:
     """Linear map and sigmoid, (..., inputs) -> (..., outputs): the layer of the paper's MNIST networks."""
     return nn.Sequential(nn.Linear(inputs, outputs), nn.Sigmoid())
+
+
+def normed_layer(inputs: int, outputs: int) -> nn.Sequential:
+    """Linear map, batch norm and leaky ReLU, (B, inputs) -> (B, outputs): the layer of Nøkland & Eidnes' networks."""
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU())
 
 
 class SkipBlock(nn.Module):
