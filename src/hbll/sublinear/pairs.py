@@ -87,5 +87,6 @@ def tally(fired: Pairs, signs: NDArray[np.int8], problem: Problem, with_shared: 
     shared = None
     if with_shared:
         upper = sum(matrices[1:], start=matrices[0])  # whole numbers: the order of the threads does not matter
-        shared = np.triu(upper) + np.triu(upper, 1).T
+        shared = upper + upper.T
+        np.fill_diagonal(shared, np.diagonal(upper))
     return Tally(np.sum(outputs, axis=0) * problem.scale, shared, sum(alive), sum(additions))

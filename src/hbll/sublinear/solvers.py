@@ -37,7 +37,9 @@ class System:
     @cached_property
     def diagonal(self) -> NDArray[np.float64]:
         """G_ii = |S_i| / m, as the points have unit norm."""
-        return np.bincount(self.fired.points, minlength=len(self)) / self.problem.width
+        shared = self.tally.shared  # C_ii = |S_i|
+        counts = np.bincount(self.fired.points, minlength=len(self)) if shared is None else np.diagonal(shared)
+        return counts / self.problem.width
 
     @cached_property
     def gram(self) -> NDArray[np.float64]:
@@ -58,10 +60,12 @@ class System:
 
 def cholesky(system: System, residual: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
     """g with (G + ridge I) g = residual, exactly. Costs n^3 / 3. Raises ValueError where the matrix is singular."""
-    matrix = system.gram + ridge * np.eye(len(system))
+    matrix = system.gram.copy()
+    matrix[np.diag_indices_from(matrix)] += ridge
     with one_blas_thread(len(system)):
         try:
-            factor, lower = linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
+            # The transpose of a symmetric matrix is itself, in the order of columns that LAPACK need not copy.
+            factor, lower = linalg.cho_factor(matrix.T, lower=True, overwrite_a=True, check_finite=False)
         except linalg.LinAlgError:
             raise system.singular() from None
         # Rounding can let a singular matrix pass: then a pivot is no more than the rounding of the largest.
