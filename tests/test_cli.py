@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 
 from hbll import cli
+from hbll.recipes import RECIPES
 
 SMALL = ["--blocks", "3", "--width", "16", "--epochs", "2", "--train-samples", "300"]
 
-NEEDS_A_RECIPE = (
-    "hbll train needs the name of a recipe first: "
-    "char-rnn, cifar10-conv, digits, mnist-mlp, sequential-mnist, shakespeare-gpt"
-)
+NEEDS_A_RECIPE = f"hbll train needs the name of a recipe first: {', '.join(RECIPES)}"
 
 
 @pytest.fixture

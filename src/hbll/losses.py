@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Loss", "cross_entropy", "squared_error"]
+__all__ = ["Loss", "cross_entropy", "mean_loss", "mean_losses", "squared_error"]
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor]]
 """(prediction, y) -> one value per sample, shape (B,), or per token, shape (B, T); or a pair of such values and of weights
@@ -42,3 +43,18 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
         prediction, y: (B, K) or (B, T, K).
     """
     return (prediction - y).square().sum(-1) / 2
+
+
+def mean_losses(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of every row of predictions (n, ..., C) of labels (n, ...): (n,), with graph.
+
+    Labels of weight 0 do not count.
+    """
+    returned = loss(prediction, y)
+    values, weights = returned if isinstance(returned, tuple) else (returned, torch.ones_like(returned))
+    return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1)
+
+
+def mean_loss(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of predictions (..., C) of labels (...), a scalar with graph; labels of weight 0 do not count."""
+    return mean_losses(loss, prediction.unsqueeze(0), y.unsqueeze(0)).squeeze(0)

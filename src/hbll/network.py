@@ -9,7 +9,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from hbll.blocks import check_shape
-from hbll.tree import Path, Tree
+from hbll.layout import Readout
+from hbll.tree import Path, Tree, format_path
 
 __all__ = ["TreeNetwork"]
 
@@ -74,6 +75,15 @@ class TreeNetwork(nn.Module):
             return self.tree.path(blocks=path)
         return self.tree.check_path(path)
 
+    @property
+    def readouts(self) -> list[Readout]:
+        """The paths that are usually measured: the chain, then the rim cut short at every length."""
+        return [_readout(path) for path in dict.fromkeys([self.tree.chain, *self.tree.rim_paths])]
+
+    def readout(self, name: str) -> Readout:
+        """The readout that a user names; ValueError when the tree has no such path."""
+        return _readout(self.tree.parse(name))
+
     def sequential(self, path: str | int | Sequence[int] | None = None) -> nn.Sequential:
         """The network along a path as a plain nn.Sequential that shares the modules."""
         return nn.Sequential(self.embed, *(self.blocks[n - 1] for n in self.resolve(path)), self.head)
@@ -118,3 +128,7 @@ class TreeNetwork(nn.Module):
     def _configuration(self) -> dict:
         shapes = {name: list(tensor.shape) for name, tensor in self.state_dict().items()}
         return {"format": 1, "blocks": len(self.blocks), "feature_dim": self.feature_dim, "shapes": shapes}
+
+
+def _readout(path: Path) -> Readout:
+    return Readout(format_path(path), path, len(path))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hbll.blocks import stack
 from hbll.credit import ArcCredit, Credit, ExactCredit, ScanCredit, SpineCredit, label_errors
+from hbll.layout import Layout, Readout
 from hbll.network import TreeNetwork
 from hbll.pipeline import LateCredit
 from hbll.rule import make_rule
@@ -132,14 +133,31 @@ class Objective(nn.Module):
             stages = self._stages[network] = Stages(network.blocks, self.rule.stage, self.rule.engine)
         return stages
 
-    def prepare(self, network: TreeNetwork) -> "Objective":
+    def prepare(self, network: TreeNetwork, x: Any = None) -> "Objective":
         """Makes the parameters that a rule has beside the network's (a predictor tree has, most rules have none).
+
+        An input batch, by which other rules see the shapes of states, is not needed: here all have one shape.
 
         To be called before the optimizer is made, which then takes ``[*network.parameters(), *objective.parameters()]``.
         """
         self.states.prepare(network, self.stages(network))
         self.credit.prepare(network, self.stages(network))
         return self
+
+    def readouts(self, network: TreeNetwork) -> list[Readout]:
+        """The chain and the paths that the tree trains, which are measured of every rule alike."""
+        return network.readouts
+
+    def layout(self, network: TreeNetwork) -> Layout:
+        """The stages by their numbers, in the order in which the tree is walked."""
+        stages = self.stages(network)
+        named = {
+            f"node {s}": nn.Sequential(*(network.blocks[n - 1] for n in numbers))
+            for s, numbers in enumerate(stages.numbers, 1)
+        }
+        parts = {"the embed": network.embed, **named, "the head": network.head}
+        walk = [node for level in stages.tree.levels for node in level]
+        return Layout(stages.engine.name, parts, walk if self.rule.states == "tree" else None)
 
     def predict(self, network: TreeNetwork, x: Any, sweeps: int) -> Tensor:
         """The head's output of scan states after so many sweeps: an anytime readout of the chain, which it becomes after as

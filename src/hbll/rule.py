@@ -1,6 +1,5 @@
 """A training rule by its options: which states, which credit, which local update, and their parameters."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin
@@ -8,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from torch import nn
 
 from hbll.losses import Loss, cross_entropy
+from hbll.names import check_known
 
 __all__ = ["PRESETS", "Rule"]
 
@@ -128,9 +128,7 @@ def make_rule(name: str, options: dict[str, Any]) -> Rule:
         ValueError: an unknown preset, option or value; the message names the nearest one.
     """
     known = [field.name for field in fields(Rule)]
-    for word, words, kind in [(name, list(PRESETS), "rule"), *((option, known, "option") for option in options)]:
-        if word not in words:
-            near = difflib.get_close_matches(word, words, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(words)}"
-            raise ValueError(f"unknown {kind} {word!r}; {hint}")
+    check_known(name, PRESETS, "rule")
+    for option in options:
+        check_known(option, known, "option")
     return Rule(**{**PRESETS[name], **options})

@@ -6,12 +6,12 @@ from torch import nn
 
 from hbll import TreeNetwork
 from hbll.data import Samples
+from hbll.layout import Readout
 from hbll.recipes import RECIPES
 from hbll.recipes.measures import ACCURACY, CHARACTER_MEASURES, CROSS_ENTROPY
 from hbll.training import metrics
 from hbll.training.evaluate import evaluate_run, load_network, measured
 from hbll.training.loop import train
-from hbll.training.readouts import Readout
 from hbll.training.run import Run
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pkgutil import iter_modules
 
-from hbll.recipes.base import Network, Recipe, Schedule, TrainingRule, flag
+from hbll.recipes.base import Recipe, Schedule, flag
 from hbll.recipes.measures import Measure
 
 for _module in iter_modules(__path__):
@@ -24,4 +24,4 @@ def _named(kind: type[Recipe]) -> Iterator[type[Recipe]]:
 
 RECIPES: dict[str, type[Recipe]] = dict(sorted((recipe.name, recipe) for recipe in _named(Recipe)))
 
-__all__ = ["RECIPES", "Measure", "Network", "Recipe", "Schedule", "TrainingRule", "flag"]
+__all__ = ["RECIPES", "Measure", "Recipe", "Schedule", "flag"]

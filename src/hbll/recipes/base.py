@@ -3,23 +3,17 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hbll.data import Splits
-from hbll.network import TreeNetwork
-from hbll.objective import Objective
+from hbll.protocols import Network, TrainingRule
 from hbll.recipes.measures import ACCURACY, Measure
-from hbll.recurrent import RecurrentNetwork, RecurrentRule
 
 Schedule = Literal["constant", "linear", "cosine"]
-
-Network: TypeAlias = TreeNetwork | RecurrentNetwork
-
-TrainingRule: TypeAlias = Objective | RecurrentRule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+from hbll.local import METHODS
+from hbll.names import check_known
 from hbll.objective import Objective
-from hbll.recipes.base import Recipe
+from hbll.protocols import TrainingRule
+from hbll.recipes.cut_recipe import CutRecipe
+from hbll.rule import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
-class TreeRecipe(Recipe):
+class TreeRecipe(CutRecipe):
     """Options of the training rule that a user may choose in place of the method's own."""
 
     stage: int | None = None
@@ -23,6 +27,9 @@ class TreeRecipe(Recipe):
         if self.rim is not None and not 0 <= self.rim < float("inf"):
             raise ValueError(f"--rim must be at least 0 and finite, not {self.rim}")
 
-    def objective(self, method: str) -> Objective:
+    def objective(self, method: str) -> TrainingRule:
+        check_known(method, dict.fromkeys([*PRESETS, *METHODS]), "rule")
+        if method not in PRESETS:
+            return super().objective(method)
         chosen = {"stage": self.stage, "rim": self.rim}
         return Objective(method, **{option: value for option, value in chosen.items() if value is not None})

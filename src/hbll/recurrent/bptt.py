@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from hbll.losses import Loss, cross_entropy
+from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.recurrent.network import RecurrentNetwork
-from hbll.recurrent.step import RecurrentRule, RecurrentStep, mean_loss
+from hbll.recurrent.step import RecurrentRule, RecurrentStep
 
 __all__ = ["Backpropagation", "FusedBackpropagation"]
 

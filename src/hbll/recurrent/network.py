@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hbll.layout import Readout
 from hbll.models.cells import GRU, LSTM, Cell
 from hbll.recurrent.arcs import ArcCells
-from hbll.tree import Path, Tree
+from hbll.tree import Path, Tree, format_path
 
 __all__ = ["RecurrentNetwork", "check_sequences", "padded_start", "presence", "tree_of"]
 
@@ -66,10 +67,20 @@ class RecurrentNetwork(nn.Module):
         return self.cells.cells
 
     @property
-    def readouts(self) -> dict[str, Path]:
+    def readouts(self) -> list[Readout]:
         """The paths that have names: the ``chain`` and, where the head reads the last state alone, another, the ``tree``."""
         tree, chain = self.tree.rim, self.tree.chain
-        return {"chain": chain} if self.every_step or tree == chain else {"chain": chain, "tree": tree}
+        named = {"chain": chain} if self.every_step or tree == chain else {"chain": chain, "tree": tree}
+        return [_readout(name, path) for name, path in named.items()]
+
+    def readout(self, name: str) -> Readout:
+        """The readout that a user names; ValueError when there is none like it."""
+        known = {readout.name: readout for readout in self.readouts}
+        if name in known:
+            return known[name]
+        path = self.tree.parse(name)
+        own = next((readout for readout in self.readouts if readout.path == path), None)
+        return own or _readout(format_path(path), path)
 
     def forward(
         self, x: Tensor, path: str | int | Sequence[int] | None = None, lengths: Tensor | None = None
@@ -142,6 +153,11 @@ class RecurrentNetwork(nn.Module):
         """The deployed chain as nn.GRU or nn.LSTM with batch_first, which cuDNN runs fused; else as ``export_cell``."""
         cell = self.cell
         return _load(_kind(cell, GRU=nn.GRU, LSTM=nn.LSTM)(cell.inputs, cell.width, batch_first=True), cell, "_l0")
+
+
+def _readout(name: str, path: Path) -> Readout:
+    # Times are the ends of arcs, each with a cell; the end of the last arc, N, is no part of a path.
+    return Readout(name, path, len(path) + 1)
 
 
 def _kind(cell: Cell, **kinds: Any) -> Any:

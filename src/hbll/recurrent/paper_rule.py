@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from hbll import scan
 from hbll.inversion import taylor
-from hbll.losses import Loss, cross_entropy
+from hbll.losses import Loss, cross_entropy, mean_losses
 from hbll.recurrent.arcs import Arc
 from hbll.recurrent.chunks import unroll
 from hbll.recurrent.network import RecurrentNetwork, padded_start, tree_of
-from hbll.recurrent.step import RecurrentRule, RecurrentStep, mean_losses
+from hbll.recurrent.step import RecurrentRule, RecurrentStep
 from hbll.trace import attach_gradients, wide
 
 __all__ = ["PaperRule"]
@@ -39,7 +39,7 @@ class PaperRule(RecurrentRule):
         ValueError: a number below its least.
     """
 
-    readouts: ClassVar[tuple[str, ...]] = ("chain", "tree")
+    trained: ClassVar[tuple[str, ...]] = ("chain", "tree")
 
     def __init__(
         self,

@@ -7,14 +7,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from hbll.losses import Loss, cross_entropy
+from hbll.layout import Layout, Readout
+from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.models.cells import Slopes
 from hbll.objective import NodeReport
 from hbll.recurrent.network import RecurrentNetwork, check_sequences, presence
 from hbll.trace import attach_gradients
-from hbll.tree import Tree
 
-__all__ = ["LabelCredit", "RecurrentRule", "RecurrentStep", "head_credit", "local_update", "mean_loss", "mean_losses"]
+__all__ = ["LabelCredit", "RecurrentRule", "RecurrentStep", "head_credit", "local_update"]
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,6 @@ class LabelCredit:
     """Its gradients in them."""
 
 
-@dataclass(frozen=True)
-class _Engine:
-    name: str
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What the training loop wants to know of how a rule sees a network."""
-
-    tree: Tree
-    engine: _Engine
-
-
 class RecurrentRule(nn.Module):
     """A training rule.
 
@@ -79,20 +66,25 @@ class RecurrentRule(nn.Module):
         loss: the label's loss, one value per label.
     """
 
-    readouts: ClassVar[tuple[str, ...]] = ("chain",)
+    trained: ClassVar[tuple[str, ...]] = ("chain",)
     """The readouts of a network that the rule trains, by the network's names."""
 
     def __init__(self, loss: Loss = cross_entropy) -> None:
         super().__init__()
         self.loss = loss
 
-    def prepare(self, network: RecurrentNetwork) -> Self:
+    def prepare(self, network: RecurrentNetwork, x: Tensor | None = None) -> Self:
         """Itself: a rule is made for its network."""
         return self
 
-    def stages(self, network: RecurrentNetwork) -> _Layout:
-        """The tree whose nodes a step reports on, and the engine: all arcs of a level, or all chunks, at once."""
-        return _Layout(network.tree, _Engine("batched"))
+    def readouts(self, network: RecurrentNetwork) -> list[Readout]:
+        """The readouts that the rule trains."""
+        return [readout for readout in network.readouts if readout.name in self.trained]
+
+    def layout(self, network: RecurrentNetwork) -> Layout:
+        """Times by level of the tree: all arcs of a level, or all chunks, are evaluated at once."""
+        parts = {f"the {name}": part for name, part in network.named_children()}
+        return Layout("batched", parts, [node for level in network.tree.levels for node in level])
 
     def diagnose(self, network: RecurrentNetwork, x: Tensor, y: Tensor) -> dict[int, NodeReport]:
         """The reports of one batch; nothing is learnt from it and no gradient is left behind."""
@@ -154,21 +146,6 @@ def local_update(
         [driven, cell.weight_hh, cell.bias_hh, *label.weights],
         [into_driven, weight, recurrent.sum(0), *label.gradients],
     )
-
-
-def mean_losses(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
-    """The mean loss of every row of predictions (n, ..., C) of labels (n, ...): (n,), with graph.
-
-    Labels of weight 0 do not count.
-    """
-    returned = loss(prediction, y)
-    values, weights = returned if isinstance(returned, tuple) else (returned, torch.ones_like(returned))
-    return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1)
-
-
-def mean_loss(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
-    """The mean loss of predictions (..., C) of labels (...), a scalar with graph; labels of weight 0 do not count."""
-    return mean_losses(loss, prediction.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
 
 
 def head_credit(network: RecurrentNetwork, loss: Loss, hidden: Tensor, y: Tensor) -> LabelCredit:

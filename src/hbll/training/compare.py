@@ -157,5 +157,5 @@ def _mean_over_seeds(results: Sequence[PathResult], names: Iterable[str]) -> Pat
 def _memory(comparison: Comparison, method: str) -> int:
     recipe = comparison.recipe
     batch = recipe.splits(comparison.data_dir).train[: recipe.batch_size].to(device())
-    network: Any = recipe.initial_network(0).to(device())  # of the kind that the recipe's rules train
-    return step_memory(network, recipe.objective(method).prepare(network).to(device()), batch)
+    network = recipe.initial_network(0).to(device())
+    return step_memory(network, recipe.objective(method).prepare(network, batch.inputs).to(device()), batch)

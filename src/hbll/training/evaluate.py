@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 import torch
 
 from hbll.data import Samples
-from hbll.recipes import Measure, Network
+from hbll.layout import Readout
+from hbll.protocols import Network
+from hbll.recipes import Measure
 from hbll.training import checkpoint
 from hbll.training.device import device
-from hbll.training.readouts import Readout, find_readout, usual_readouts
 from hbll.training.run import Run, open_run
 from hbll.tree import Path
 
@@ -38,8 +39,7 @@ def evaluate_run(folder: FilePath, names: Sequence[str] = (), data_dir: FilePath
     run = open_run(folder)
     recipe = run.recipe
     network = load_network(run).to(device())
-    readouts = [find_readout(network, name) for name in names]
-    readouts = readouts or usual_readouts(network, recipe.objective(run.method))
+    readouts = [network.readout(name) for name in names] or recipe.objective(run.method).readouts(network)
     test = recipe.splits(data_dir or run.data_dir).test.to(device())
     return measured(network, test, dict.fromkeys(readouts), recipe.measures)
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from hbll.data import Samples
-from hbll.objective import NodeReport, Objective, Step
+from hbll.objective import NodeReport
+from hbll.protocols import TrainingStep
 from hbll.training import checkpoint, metrics
 from hbll.training.device import device
 from hbll.training.divergence import DivergedError, all_finite, place_in_chain, place_in_loss, place_in_weights
 from hbll.training.evaluate import measured
 from hbll.training.interrupt import deferred_interrupt
 from hbll.training.metrics import Metrics
-from hbll.training.readouts import usual_readouts
 from hbll.training.run import Run, check_same, open_run
 from hbll.training.schedule import scheduler
 
@@ -64,7 +63,7 @@ def train(
     else:
         run.claim()
         training.save()
-    run.write_configuration(device(), training.objective.stages(training.network).engine.name)
+    run.write_configuration(device(), training.objective.layout(training.network).engine)
     with deferred_interrupt() as interrupted:
         while training.epoch < run.recipe.epochs:
             for done in training.steps():
@@ -87,9 +86,9 @@ class Training:
             torch.set_num_threads(recipe.threads)
         self.run = run
         self.samples = samples
-        network: Any = recipe.initial_network(run.seed).to(device())  # of the kind that the recipe's rules train
-        self.network = network
-        self.objective = recipe.objective(run.method).prepare(network).to(device())
+        self.network = recipe.initial_network(run.seed).to(device())
+        first = samples[: recipe.batch_size].inputs
+        self.objective = recipe.objective(run.method).prepare(self.network, first).to(device())
         weights = [*self.network.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.AdamW(
             weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -124,7 +123,7 @@ class Training:
     def end_epoch(self, test: Samples) -> Metrics:
         """Measures and diagnoses the network, and makes ready for the next epoch."""
         reports = self._diagnose()
-        readouts = usual_readouts(self.network, self.objective)
+        readouts = self.objective.readouts(self.network)
         paths = measured(self.network, test, readouts, self.run.recipe.measures)
         self.epoch += 1
         result = Metrics(
@@ -181,7 +180,7 @@ class Training:
         order = np.random.default_rng([self.run.seed, self.epoch]).permutation(len(self.samples))
         return torch.from_numpy(order).to(device())
 
-    def _loss(self, order: Tensor) -> Step:
+    def _loss(self, order: Tensor) -> TrainingStep:
         batch = self._batch(order)
         return self.objective(self.network, batch.inputs, batch.labels)
 
@@ -209,7 +208,7 @@ class Training:
 
     def _check(self) -> None:
         """DivergedError unless every loss of the epoch and every weight is finite."""
-        if self.loss_sum.isfinite() and all_finite(self.network):
+        if self.loss_sum.isfinite() and all_finite(self.network.parameters()):
             return
         raise DivergedError(
             f"the loss or a weight became NaN or infinite {self._divergence()}; the last good checkpoint is "
@@ -224,20 +223,20 @@ class Training:
         again = Training(self.run, self.samples)
         again.restore()
         order = again._order()
-        stages = again.objective.stages(again.network)
+        parts = again.objective.layout(again.network).parts
         while again.position < self.position:
             when = f"in step {again.position + 1} of epoch {again.epoch + 1}"
             step = again._loss(order)
             if not step.loss.isfinite():
                 return f"{when}, first at {again._place(order, step)}"
             again._descend(step.loss)
-            if place := place_in_weights(again.network, stages):
+            if place := place_in_weights(parts):
                 return f"{when}, first in the weights of {place}"
         return f"by step {self.position} of epoch {self.epoch + 1}"
 
-    def _place(self, order: Tensor, step: Step) -> str:
+    def _place(self, order: Tensor, step: TrainingStep) -> str:
         """Where the loss of the step at hand stopped being finite."""
-        stages = self.objective.stages(self.network)
-        if isinstance(self.objective, Objective) and self.objective.rule.states != "tree":
-            return place_in_chain(self.network, stages, self._batch(order).inputs)
-        return place_in_loss(stages.tree, step.nodes)
+        layout = self.objective.layout(self.network)
+        if layout.walk is None:
+            return place_in_chain(layout.parts, self._batch(order).inputs)
+        return place_in_loss(layout.walk, step.nodes)

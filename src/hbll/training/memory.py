@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbll.data import Samples
-from hbll.recipes import Network, TrainingRule
+from hbll.protocols import Network, TrainingRule
 
 
 def step_memory(network: Network, objective: TrainingRule, batch: Samples) -> int:
@@ -25,7 +25,7 @@ def step_memory(network: Network, objective: TrainingRule, batch: Samples) -> in
         taken = objective(network, batch.inputs, batch.labels)  # held on to, as a training loop does
         taken.loss.backward()
 
-    for _ in range(len(network.blocks) + 1):  # a rule may keep a batch for each block, which then is not the step's
+    for _ in objective.layout(network).parts:  # a rule may keep a batch for each part, which then is not the step's
         step()
     network.zero_grad()
     objective.zero_grad()

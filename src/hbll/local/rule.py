@@ -1,0 +1,188 @@
+"""What every local rule on a network cut into blocks is: a module that is called with a network and a batch.
+
+The network is any sequence of modules (``hbll.cuts``). Block k of K is a segment of it; it trains on a loss of its own, and
+what it hands to the next block is detached. The head is no part of the segments: a rule says who trains it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from hbll.cuts import Part, Segment, cut, evaluating, parts
+from hbll.layout import Layout, Readout
+from hbll.losses import Loss, cross_entropy, mean_loss
+from hbll.objective import NodeReport
+
+__all__ = ["Blocks", "LocalRule", "LocalStep", "detached_pass", "local_cost"]
+
+
+@dataclass(frozen=True)
+class LocalStep:
+    """What a call of a local rule returns.
+
+    Work and span are in the units of ``hbll.trace``: a part's forward evaluation, its vector-Jacobian product for the input
+    and that for the parameters cost one each; embeds, heads, modules without parameters, auxiliary heads and feedback maps
+    of one linear layer cost nothing. The backward pass through ``loss`` is counted in, made or not.
+    """
+
+    losses: Sequence[Tensor]
+    """The local loss of each block, scalars with graph."""
+    work: int
+    """All evaluations."""
+    span: int
+    """The longest chain of evaluations in which each needs the one before."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The sum of the local losses; its gradients are the rule's updates."""
+        return torch.stack(list(self.losses)).sum()
+
+    @property
+    def nodes(self) -> dict[int, NodeReport]:
+        """A report per block, with its local loss as the error; asking waits for the device."""
+        errors = torch.stack(list(self.losses)).tolist()
+        return {k: NodeReport(error) for k, error in enumerate(errors, 1)}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A network as a local rule sees it."""
+
+    segments: Sequence[Segment]
+    """The K blocks."""
+    head: Part
+    """What gives the logits from the last block's output."""
+
+    def shapes(self, x: Tensor) -> list[torch.Size]:
+        """The shapes, without the batch, of what each block hands on, and of the logits."""
+        shapes = []
+        with torch.no_grad():
+            for evaluate in (*self.segments, self.head.module):
+                x = evaluate(x)
+                shapes.append(x.shape[1:])
+        return shapes
+
+
+class LocalRule(nn.Module):
+    """A training rule on blocks.
+
+    A subclass defines ``step`` and, if it has parameters of its own, ``build``.
+
+    Args:
+        blocks: the number of blocks, or the parts after which to cut; by default every part with parameters is one
+            (see ``hbll.cuts.cut``).
+        balance: what a number of blocks evens out, ``count`` of parts or ``parameters``.
+        loss: the label's loss, one value per sample.
+    """
+
+    def __init__(
+        self,
+        blocks: int | Sequence[int] | None = None,
+        balance: Literal["count", "parameters"] = "count",
+        loss: Loss = cross_entropy,
+    ) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.balance: Literal["count", "parameters"] = balance
+        self.loss = loss
+
+    def cut(self, network: nn.Module) -> Blocks:
+        """The network's blocks and its head.
+
+        Raises:
+            ValueError: the network has no parts to cut, or fewer than blocks.
+        """
+        *body, head = parts(network)
+        return Blocks(cut(body, self.blocks, self.balance), head)
+
+    def prepare(self, network: nn.Module, x: Tensor) -> Self:
+        """Makes the parameters that the rule has beside the network's, for states as an input batch gives them.
+
+        To be called before the optimizer is made, which then takes ``[*network.parameters(), *rule.parameters()]``.
+        """
+        with evaluating(network):
+            *shapes, logits = self.cut(network).shapes(x[:1])
+        self.build(shapes, logits[-1])
+        return self
+
+    def build(self, shapes: Sequence[torch.Size], classes: int) -> None:
+        """Registers auxiliary modules; the shapes are those of each block's output, without the batch."""
+
+    def forward(self, network: nn.Module, x: Tensor, y: Tensor) -> LocalStep:
+        """One training step up to the loss.
+
+        Args:
+            network: the network to train.
+            x: a batch of what its first module takes.
+            y: its classes, (B,).
+
+        Raises:
+            ValueError: the labels are not one class for each sample.
+        """
+        if y.shape != x.shape[:1] or y.is_floating_point():
+            raise ValueError(
+                f"local rules take one integer class for each of {len(x)} samples; got labels {tuple(y.shape)} of {y.dtype}"
+            )
+        return self.step(self.cut(network), x, y)
+
+    def step(self, blocks: Blocks, x: Tensor, y: Tensor) -> LocalStep:
+        """``forward`` on the cut network and checked labels."""
+        raise NotImplementedError
+
+    def auxiliary(self, k: int) -> list[nn.Module]:
+        """The rule's own modules that belong to block k, counted from 1."""
+        return []
+
+    def diagnose(self, network: nn.Module, x: Tensor, y: Tensor) -> dict[int, NodeReport]:
+        """The reports of one batch, with the cosine of each block's gradient to backpropagation's; leaves no gradient behind
+        and no trace in running statistics."""
+        blocks = self.cut(network)
+        with evaluating(network):
+            step = self(network, x, y)
+            exact = mean_loss(self.loss, network(x), y)
+        owned = [[p for p in segment.parameters if p.requires_grad] for segment in blocks.segments]
+        flat = [p for block in owned for p in block]
+        ours, theirs = (
+            dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True, allow_unused=True), strict=True))
+            for loss in (step.loss, exact)
+        )
+        cosines = {}
+        for k, block in enumerate(owned, 1):
+            if block:
+                mine, other = (torch.cat([gradients[p].flatten() for p in block]) for gradients in (ours, theirs))
+                cosines[k] = torch.cosine_similarity(mine, other, dim=0).item()
+        return {k: replace(report, cosine=cosines.get(k)) for k, report in step.nodes.items()}
+
+    def readouts(self, network: Any) -> list[Readout]:
+        """The readouts that the rule trains: the chain."""
+        return network.readouts[:1]
+
+    def layout(self, network: nn.Module) -> Layout:
+        """The blocks by their numbers, in the order in which the forward pass reaches them."""
+        blocks = self.cut(network)
+        named = {
+            f"node {k}": nn.Sequential(*(part.module for part in s.parts)) for k, s in enumerate(blocks.segments, 1)
+        }
+        return Layout("loop", named | {"the head": blocks.head.module}, range(1, len(blocks.segments) + 1))
+
+
+def detached_pass(segments: Sequence[Segment], x: Tensor) -> list[Tensor]:
+    """Each block's output on the one before's, with the graph of that block alone."""
+    outputs = []
+    for segment in segments:
+        x = segment(x)
+        outputs.append(x)
+        x = x.detach()
+    return outputs
+
+
+def local_cost(segments: Sequence[Segment]) -> tuple[int, int]:
+    """Work and span of a pass through detached blocks, each of which walks back as soon as its own output is there."""
+    work = sum(segment.cost + segment.backward_work for segment in segments)
+    arrivals = accumulate(segment.cost for segment in segments)
+    span = max(arrived + segment.backward_span for arrived, segment in zip(arrivals, segments, strict=True))
+    return work, span

@@ -1,0 +1,42 @@
+"""What every recipe has whose network is a sequence of parts: local rules, on as many blocks as it is cut into."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hbll.local import make_rule
+from hbll.protocols import TrainingRule
+from hbll.recipes.base import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutRecipe(Recipe):
+    """Options of local rules."""
+
+    cuts: int | None = None
+    """Blocks that the network is cut into for local rules such as bll, of about as many layers each (one a layer)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cuts is not None and self.cuts < 1:
+            raise ValueError(f"--cuts must be at least 1, not {self.cuts}")
+
+    def objective(self, method: str) -> TrainingRule:
+        end_to_end = method == "bp"  # which has nothing to cut
+        return make_rule(method, **({} if self.cuts is None or end_to_end else {"blocks": self.cuts}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainRecipe(CutRecipe):
+    """A recipe whose network is a `SequentialNetwork` of its own number of layers."""
+
+    layers: ClassVar[int]
+    """Layers before the head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth is not None or self.blocks is not None:
+            raise ValueError(f"{self.name} has its own number of layers: leave out --depth and --blocks")
+
+    @property
+    def block_count(self) -> int:
+        return self.layers
