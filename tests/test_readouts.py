@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from hbll import Objective, TreeNetwork
+from hbll.cuts import SequentialNetwork
 from hbll.layout import Readout
-from hbll.local import Backpropagation, SequentialNetwork
+from hbll.local.backpropagation import Backpropagation
 from hbll.models.cells import CELLS
 from hbll.recipes import RECIPES
 from hbll.recurrent import METHODS

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from hbll import Objective, TreeNetwork
-from hbll.local import Backpropagation, SequentialNetwork
+from hbll.cuts import SequentialNetwork
+from hbll.local.backpropagation import Backpropagation
 from hbll.training.divergence import all_finite, place_in_chain, place_in_loss, place_in_weights
 
 NAN = float("nan")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hbll.local import make_rule
+from hbll.local.methods import make_rule
 from hbll.protocols import TrainingRule
 from hbll.recipes.base import Recipe
 
