@@ -1,9 +1,10 @@
 """How a rule sees a network: its parts in order, the nodes that a step reports on, and the ways of reading it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hbll.tree import Path
 
@@ -12,7 +13,7 @@ __all__ = ["Layout", "Readout"]
 
 @dataclass(frozen=True)
 class Readout:
-    """A path through a network."""
+    """A path through a network, or another way of reading it."""
 
     name: str
     """The network's name for it, or its blocks joined by dashes."""
@@ -21,6 +22,9 @@ class Readout:
 
     blocks: int
     """Blocks that are evaluated along it; of a recurrent network, cells."""
+
+    scores: Callable[[Any, Tensor], Tensor] | None = None
+    """(network, x) -> what the measures take for logits, where a rule has a way of its own to get them."""
 
 
 @dataclass(frozen=True)

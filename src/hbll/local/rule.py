@@ -4,8 +4,8 @@ The network is any sequence of modules (``hbll.cuts``). Block k of K is a segmen
 what it hands to the next block is detached. The head is no part of the segments: a rule says who trains it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal, Self
 
@@ -35,6 +35,8 @@ class LocalStep:
     """All evaluations."""
     span: int
     """The longest chain of evaluations in which each needs the one before."""
+    credit: Mapping[int, Tensor] = field(default_factory=dict)
+    """What a block's credit was differentiated from, with graph, where that is not the block's own loss."""
 
     @property
     def loss(self) -> Tensor:
@@ -57,14 +59,9 @@ class Blocks:
     head: Part
     """What gives the logits from the last block's output."""
 
-    def shapes(self, x: Tensor) -> list[torch.Size]:
-        """The shapes, without the batch, of what each block hands on, and of the logits."""
-        shapes = []
-        with torch.no_grad():
-            for evaluate in (*self.segments, self.head.module):
-                x = evaluate(x)
-                shapes.append(x.shape[1:])
-        return shapes
+    def evaluate(self, x: Tensor) -> list[Tensor]:
+        """What each block hands on, and the logits."""
+        return list(accumulate((*self.segments, self.head.module), lambda state, part: part(state), initial=x))[1:]
 
 
 class LocalRule(nn.Module):
@@ -104,10 +101,10 @@ class LocalRule(nn.Module):
 
         To be called before the optimizer is made, which then takes ``[*network.parameters(), *rule.parameters()]``.
         """
-        with evaluating(network):
-            *shapes, logits = self.cut(network).shapes(x[:1])
-        self.build(shapes, logits[-1])
-        return self
+        with evaluating(network), torch.no_grad():
+            *states, logits = self.cut(network).evaluate(x[:1])
+        self.build([state.shape[1:] for state in states], logits.shape[-1])
+        return self.to(logits)  # on their device, in their precision
 
     def build(self, shapes: Sequence[torch.Size], classes: int) -> None:
         """Registers auxiliary modules; the shapes are those of each block's output, without the batch."""
@@ -180,9 +177,14 @@ def detached_pass(segments: Sequence[Segment], x: Tensor) -> list[Tensor]:
     return outputs
 
 
-def local_cost(segments: Sequence[Segment]) -> tuple[int, int]:
-    """Work and span of a pass through detached blocks, each of which walks back as soon as its own output is there."""
-    work = sum(segment.cost + segment.backward_work for segment in segments)
+def local_cost(segments: Sequence[Segment], beside: Sequence[int] | None = None) -> tuple[int, int]:
+    """Work and span of a pass through detached blocks, each of which walks back as soon as its own output is there.
+
+    Args:
+        beside: evaluations, one after the other, of what learns with each block between its output and its loss.
+    """
+    after = [0] * len(segments) if beside is None else beside
+    work = sum(segment.cost + segment.backward_work + 3 * own for segment, own in zip(segments, after, strict=True))
     arrivals = accumulate(segment.cost for segment in segments)
-    span = max(arrived + segment.backward_span for arrived, segment in zip(arrivals, segments, strict=True))
-    return work, span
+    ways = zip(arrivals, after, segments, strict=True)
+    return work, max(arrived + 2 * own + segment.backward_span for arrived, own, segment in ways)

@@ -14,7 +14,6 @@ from hbll.recipes import Measure
 from hbll.training import checkpoint
 from hbll.training.device import device
 from hbll.training.run import Run, open_run
-from hbll.tree import Path
 
 BATCH_SIZE = 1000
 """Samples evaluated at once: bounds the memory, changes no result."""
@@ -39,7 +38,8 @@ def evaluate_run(folder: FilePath, names: Sequence[str] = (), data_dir: FilePath
     run = open_run(folder)
     recipe = run.recipe
     network = load_network(run).to(device())
-    readouts = [network.readout(name) for name in names] or recipe.objective(run.method).readouts(network)
+    usual = {readout.name: readout for readout in recipe.objective(run.method).readouts(network)}
+    readouts = [usual[name] if name in usual else network.readout(name) for name in names] or usual.values()
     test = recipe.splits(data_dir or run.data_dir).test.to(device())
     return measured(network, test, dict.fromkeys(readouts), recipe.measures)
 
@@ -51,17 +51,19 @@ def measured(
     """The measures on the samples along each of the readouts. The network is left in training mode."""
     network.eval()
     results = [
-        {"path": readout.name, "blocks": readout.blocks, **_means(network, samples, readout.path, measures)}
+        {"path": readout.name, "blocks": readout.blocks, **_means(network, samples, readout, measures)}
         for readout in readouts
     ]
     network.train()
     return results
 
 
-def _means(network: Network, samples: Samples, path: Path, measures: Sequence[Measure]) -> dict[str, float | None]:
+def _means(
+    network: Network, samples: Samples, readout: Readout, measures: Sequence[Measure]
+) -> dict[str, float | None]:
     sums = torch.zeros(len(measures), dtype=torch.float64, device=samples.labels.device)
     for inputs, labels in zip(samples.inputs.split(BATCH_SIZE), samples.labels.split(BATCH_SIZE), strict=True):
-        logits = network(inputs, path=path)
+        logits = readout.scores(network, inputs) if readout.scores else network(inputs, path=readout.path)
         sums += torch.stack([measure.values(logits, labels).sum(dtype=torch.float64) for measure in measures])
     means = (sums / samples.labels.numel()).tolist()  # of sequences, every step counts
     return {measure.name: mean if math.isfinite(mean) else None for measure, mean in zip(measures, means, strict=True)}

@@ -1,0 +1,100 @@
+"""Similarity matching and local prediction (predsim): Nøkland & Eidnes, arXiv 1901.06656."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hbll.local.features import by_pixel
+from hbll.local.rule import Blocks, LocalRule, LocalStep, detached_pass, local_cost
+from hbll.losses import mean_loss
+
+__all__ = ["PredSim", "similarity_loss", "similarity_matrix"]
+
+
+def similarity_matrix(state: Tensor) -> Tensor:
+    """Cosine similarities of samples, after centring each one's features: (B, ...) -> (B, B).
+
+    Feature maps count by their standard deviation over pixels, which tells how a feature varies and not where (section 2.1).
+    """
+    features = by_pixel(state)
+    features = features.squeeze(2) if features.shape[2] == 1 else features.std(2)
+    centred = F.normalize(features - features.mean(1, keepdim=True), dim=1, eps=1e-8)
+    return centred @ centred.mT
+
+
+def similarity_loss(state: Tensor, y: Tensor, classes: int) -> Tensor:
+    """Mean squared difference between the similarities of samples and those of their one-hot labels.
+
+    Args:
+        state: (B, ...).
+        y: classes, (B,).
+    """
+    # Centred one-hot vectors of C classes have the cosine 1 with themselves and -1 / (C - 1) with one another.
+    wanted = (classes * (y[:, None] == y).to(state.dtype) - 1) / (classes - 1)
+    return F.mse_loss(similarity_matrix(state), wanted)
+
+
+class PredSim(LocalRule):
+    """Every block matches similarities to the labels' and predicts the label linearly from its pooled features.
+
+    Published, test error of backpropagation in brackets: MNIST, 3 x 1024 layers 0.62 % (0.75), VGG8b 0.31 (0.26); CIFAR-10,
+    VGG8b 5.58 (5.99), VGG11b with triple width 3.97 (5.02). Work and span leave out, as they do for heads, the linear maps
+    beside a block; that of similarity matching is as large as a convolution of the block's own.
+
+    Args:
+        beta: the share of similarity matching in a block's loss; the rest is prediction.
+        pooled: the features that prediction starts from at most; larger feature maps are averaged down (the paper: 2048 or
+            4096 on CIFAR-10, 1024 on MNIST).
+        options: of ``LocalRule``.
+    """
+
+    def __init__(self, beta: float = 0.99, pooled: int = 2048, **options: Any) -> None:
+        super().__init__(**options)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta is a share, from 0 to 1; got {beta}")
+        self.beta = beta
+        self.pooled = pooled
+        self.matchers = nn.ModuleList()
+        self.predictors = nn.ModuleList()
+
+    def build(self, shapes: Sequence[torch.Size], classes: int) -> None:
+        self.classes = classes
+        self.matchers.extend(matcher(shape) for shape in shapes)
+        self.predictors.extend(predictor(shape, classes, self.pooled) for shape in shapes)
+
+    def step(self, blocks: Blocks, x: Tensor, y: Tensor) -> LocalStep:
+        outputs = detached_pass(blocks.segments, x)
+        losses = [
+            self.beta * similarity_loss(match(output), y, self.classes)
+            + (1 - self.beta) * mean_loss(self.loss, predict(output), y)
+            for output, match, predict in zip(outputs, self.matchers, self.predictors, strict=True)
+        ]
+        head = blocks.head.module(outputs[-1].detach())
+        losses[-1] = losses[-1] + (1 - self.beta) * mean_loss(self.loss, head, y)
+        return LocalStep(losses, *local_cost(blocks.segments))
+
+    def auxiliary(self, k: int) -> list[nn.Module]:
+        return [self.matchers[k - 1], self.predictors[k - 1]]
+
+
+def matcher(shape: Sequence[int]) -> nn.Module:
+    """The linear map of a state before its similarities are taken; of feature maps a 3 x 3 convolution."""
+    if len(shape) == 3:
+        return nn.Conv2d(shape[0], shape[0], 3, padding=1, bias=False)
+    return nn.Linear(shape[-1], shape[-1], bias=False)
+
+
+def predictor(shape: Sequence[int], classes: int, pooled: int) -> nn.Module:
+    """The linear map from a state to logits, at first 0; height and width are halved in turn down to ``pooled`` features."""
+    rows, columns = shape[1:] if len(shape) == 3 else (1, 1)
+    features = shape[0] if len(shape) == 3 else math.prod(shape)
+    while features * rows * columns > pooled and rows * columns > 1:
+        rows, columns = (math.ceil(rows / 2), columns) if rows >= columns else (rows, math.ceil(columns / 2))
+    pool = [nn.AdaptiveAvgPool2d((rows, columns))] if len(shape) == 3 else []
+    linear = nn.Linear(features * rows * columns, classes)
+    nn.init.zeros_(linear.weight)
+    return nn.Sequential(*pool, nn.Flatten(), linear)
