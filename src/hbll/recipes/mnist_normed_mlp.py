@@ -1,4 +1,4 @@
-"""The MNIST network of Nøkland & Eidnes (arXiv 1901.06656, Table 1): leaky ReLU layers with batch norm and dropout."""
+"""The MNIST network of Nøkland & Eidnes (arXiv 1901.06656): leaky ReLU layers with batch norm and dropout."""
 
 from dataclasses import dataclass
 from pathlib import Path
