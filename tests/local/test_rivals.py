@@ -335,7 +335,7 @@ def test_one_sample_cannot_be_contrasted():
     ("name", "work", "span"),
     [
         # forward 4; backward 2 a block, of which the block's own input needs none: the first layers' walk ends there
-        ("predsim", 4 + 4, 4 + 1),
+        ("predsim", 4 + 4 + 3 * 5, 4 + 2 + 1),
         ("cff", 4 + 4, 4 + 1),
         ("ff", 2 * (4 + 4) + 4, 4 + 1),
         ("dfa", 4 + 4, 4 + 1),

@@ -17,7 +17,7 @@ class DecoupledGreedy(LocalRule):
     """Every block but the last predicts the label through an auxiliary network of its own; the last one has the head.
 
     Published: CIFAR-10 and ImageNet at about backpropagation's accuracy, with auxiliary networks of a few percent of the
-    network's arithmetic. Here each is counted as one evaluation of a block, forth and back, which is more than that.
+    network's arithmetic. Here each counts as one evaluation beside its block, forth and back, which is more than that.
 
     Args:
         hidden: hidden layers of the auxiliary networks' classifiers, 3 in the paper.
@@ -45,7 +45,7 @@ class DecoupledGreedy(LocalRule):
 
 
 def auxiliary_network(shape: Sequence[int], classes: int, hidden: int) -> nn.Module:
-    """From a state (B, *shape) to logits: the paper's MLP-SR (section 4.2).
+    """From a state (B, *shape) to logits: the paper's MLP-SR.
 
     Feature maps are averaged down to a quarter of each side, pass three 1 x 1 convolutions and are averaged down to 2 x 2;
     a multilayer perceptron as wide as that classifies them. States of vectors go to the perceptron at once, tokens their

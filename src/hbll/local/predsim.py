@@ -18,7 +18,7 @@ __all__ = ["PredSim", "similarity_loss", "similarity_matrix"]
 def similarity_matrix(state: Tensor) -> Tensor:
     """Cosine similarities of samples, after centring each one's features: (B, ...) -> (B, B).
 
-    Feature maps count by their standard deviation over pixels, which tells how a feature varies and not where (section 2.1).
+    Feature maps count by their standard deviation over pixels, which tells how much a feature varies and not where.
     """
     features = by_pixel(state)
     features = features.squeeze(2) if features.shape[2] == 1 else features.std(2)
@@ -42,8 +42,8 @@ class PredSim(LocalRule):
     """Every block matches similarities to the labels' and predicts the label linearly from its pooled features.
 
     Published, test error of backpropagation in brackets: MNIST, 3 x 1024 layers 0.62 % (0.75), VGG8b 0.31 (0.26); CIFAR-10,
-    VGG8b 5.58 (5.99), VGG11b with triple width 3.97 (5.02). Work and span leave out, as they do for heads, the linear maps
-    beside a block; that of similarity matching is as large as a convolution of the block's own.
+    VGG8b 5.58 (5.99), VGG11b with triple width 3.97 (5.02). The map before similarity matching, as large as a layer, counts
+    as one evaluation beside each block, forth and back.
 
     Args:
         beta: the share of similarity matching in a block's loss; the rest is prediction.
@@ -75,7 +75,7 @@ class PredSim(LocalRule):
         ]
         head = blocks.head.module(outputs[-1].detach())
         losses[-1] = losses[-1] + (1 - self.beta) * mean_loss(self.loss, head, y)
-        return LocalStep(losses, *local_cost(blocks.segments))
+        return LocalStep(losses, *local_cost(blocks.segments, beside=[1] * len(losses)))
 
     def auxiliary(self, k: int) -> list[nn.Module]:
         return [self.matchers[k - 1], self.predictors[k - 1]]
