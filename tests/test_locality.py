@@ -6,6 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import hbll
+from hbll.bll import BLL
+from hbll.cuts import SequentialNetwork
+from hbll.local.backpropagation import Backpropagation
+from hbll.locality import locality
+from hbll.recipes import RECIPES
 
 WIDTH, CLASSES, BATCH = 5, 3, 4
 EVERY_SCOPE = pytest.mark.parametrize("scope", ["block", "triplet", "tree"])
@@ -199,3 +204,89 @@ def test_a_frozen_neighbour_is_used_but_not_reached():
     assert row.uses == ("block 4",)
     assert row.reaches == ("block 3",)
     assert not any(p.requires_grad for p in blocks[3].parameters())
+
+
+def plain():
+    """Six layers without the activations between them."""
+    torch.manual_seed(0)
+    return SequentialNetwork(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)), nn.Linear(WIDTH, CLASSES)).double()
+
+
+def local_audit(rule, net=None):
+    net = net or plain()
+    return hbll.audit(net, rule.prepare(net, batch()[0]), *batch())
+
+
+@pytest.mark.parametrize("feedback", ["learned", "random", "prototype"])
+@pytest.mark.parametrize("blocks", [2, 3, 6])
+def test_a_block_of_a_local_rule_reaches_itself_and_its_own_auxiliary(feedback, blocks):
+    found = local_audit(BLL(feedback, blocks=blocks))
+    size = 6 // blocks
+    for k, row in enumerate(found.rows, 1):
+        assert row.node == k
+        expected = {f"layer {n}" for n in range((k - 1) * size + 1, k * size + 1)}
+        if k == blocks:
+            expected.add("head")
+        elif feedback != "random":  # fixed maps learn nothing
+            expected.add(f"auxiliary {k}")
+        assert set(row.reaches) == set(row.uses) == expected
+    assert found.local
+    assert found.crossed == size
+
+
+def test_inverted_arcs_use_the_next_blocks_weights():
+    found = local_audit(BLL("inverted", blocks=3))
+    assert not found.local
+    assert found.rows[0].reaches == ("layer 1", "layer 2")
+    assert found.rows[0].uses == found.rows[0].outside == ("layer 3", "layer 4")
+    assert found.rows[1].uses == ("layer 5", "layer 6", "head")
+    assert found.rows[2].outside == ()
+
+
+def test_a_block_that_is_the_whole_network_is_not_local():
+    for rule in (Backpropagation(), BLL(blocks=1)):
+        found = local_audit(rule)
+        assert not found.local
+        assert found.crossed == 6
+
+
+def test_a_local_block_that_captures_another_ones_parameters():
+    net = plain()
+    net[2] = Peeking(net[0]).double()
+    found = local_audit(BLL(), net)
+    assert [row.node for row in found.rows if row.outside] == [3]
+    assert found.rows[2].outside == ("layer 1",)
+
+
+def test_an_audit_leaves_running_statistics_alone():
+    net = plain()
+    net.insert(1, nn.BatchNorm1d(WIDTH).double())
+    local_audit(BLL(), net)
+    assert net[1].num_batches_tracked == 0
+    assert net.training
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("paper", "yes"),
+        ("bll", "yes"),
+        ("bp", "no: crosses 7 blocks"),
+        ("pipeline", "no: crosses 7 blocks"),
+        ("stream", "no: crosses 4 blocks"),  # 1, and the spine 2, 4, 7
+    ],
+)
+def test_what_is_said_of_a_rule(method, said):
+    recipe = RECIPES["digits"](blocks=7, width=8)
+    net, samples = recipe.initial_network(0), recipe.splits(None).train[:16]
+    rule = recipe.objective(method).prepare(net, samples.inputs)
+    assert locality(net, rule, samples.inputs, samples.labels) == said
+
+
+def test_recurrent_rules_are_not_audited():
+    recipe = RECIPES["sequential-mnist"](depth=2, width=4)
+    net, x, y = recipe.network(), torch.zeros(2, 4, 196), torch.zeros(2, dtype=int)
+    assert locality(net, recipe.objective("bptt"), x, y) == ""
+    with pytest.raises(ValueError, match="a Backpropagation cannot be audited"):
+        hbll.audit(net, recipe.objective("bptt"), x, y)

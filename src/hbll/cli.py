@@ -35,8 +35,8 @@ class TrainOptions(Generic[RecipeT]):
     recipe: RecipeT
 
     method: str = "paper"
-    """The training rule: paper, tree, scan, stream, pipeline or bp; of recurrent networks hbll, paper, bptt, bptt-fused or
-    deer."""
+    """The training rule: paper, tree, scan, stream, pipeline or bp; bll, dgl, predsim, ff, cff or dfa on a network cut into
+    blocks (--cuts); of recurrent networks hbll, paper, bptt, bptt-fused or deer."""
 
     seed: int = 0
     """Of the initial weights, the order of the samples and the rule's noise."""

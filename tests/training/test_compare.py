@@ -42,6 +42,7 @@ def test_a_method_is_summed_up_over_its_seeds(finished):
     assert [result["span"] for result in results] == [5, 6]
     assert results[1]["work"] == 9
     assert results[0]["memory"] > results[1]["memory"] > 0
+    assert [result["local"] for result in results] == ["yes", "no: crosses 3 blocks"]
 
 
 def test_methods_start_from_the_same_network(finished):
@@ -135,6 +136,7 @@ def test_the_page_of_a_comparison_stands_alone_and_says_it_all(finished):
     for result in results:
         assert result["method"] in page.text
         assert f"{100 * result['accuracy']:.2f} %" in page.text
+        assert result["local"] in page.text
     for heading in ("Learning curves", "Accuracy by path", "Corrections", "3 (chain)"):
         assert heading in page.text
 

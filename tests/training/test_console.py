@@ -13,6 +13,7 @@ RESULT = {
     "work": 1234,
     "span": 567,
     "memory": 2**20,
+    "local": "no: crosses 3 blocks",
     "paths": [],
 }
 
@@ -23,9 +24,9 @@ def test_a_table_keeps_all_its_figures_in_every_terminal(capsys, monkeypatch, tm
     show_results([RESULT], CHARACTER_MEASURES, tmp_path)
     head, row, page = capsys.readouterr().out.splitlines()
     assert " ".join(head.split()) == (
-        "method bits per character spread cross entropy accuracy seconds work span peak memory"
+        "method bits per character spread cross entropy accuracy seconds work span peak memory local"
     )
-    assert " ".join(row.split()) == "bptt-fused 2.346 ± 0.012 1.626 51.23 % 12.3 1234 567 1.00 MiB"
+    assert " ".join(row.split()) == "bptt-fused 2.346 ± 0.012 1.626 51.23 % 12.3 1234 567 1.00 MiB no: crosses 3 blocks"
     assert page == f"page: {tmp_path}"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TypeAlias
 
+from hbll.locality import locality
 from hbll.recipes import Recipe
 from hbll.training import metrics
 from hbll.training.device import device
@@ -23,7 +24,8 @@ MethodResult: TypeAlias = dict[str, Any]
 """What a `method` came to, means over its `seeds`: every measure of the recipe under the measure's own name, of the chain
 after the last epoch, and the `spread` of the first one, its standard deviation over the seeds (None for one seed);
 `seconds`, the wall-clock time of a run's training steps; `work` and `span` of a step, in block evaluations; `memory`, the
-peak bytes of a step beyond the weights, the optimizer and the batch; and `paths`, the results of all paths."""
+peak bytes of a step beyond the weights, the optimizer and the batch; `local`, what the audit says of a step; and `paths`,
+the results of all paths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ def _result(comparison: Comparison, method: str) -> MethodResult:
         "seconds": mean(sum(line.seconds for line in history) for history in histories),
         "work": ends[0].work,
         "span": ends[0].span,
-        "memory": _memory(comparison, method),
+        **_first_step(comparison, method),
         "paths": paths,
     }
 
@@ -154,8 +156,11 @@ def _mean_over_seeds(results: Sequence[PathResult], names: Iterable[str]) -> Pat
     return results[0] | means
 
 
-def _memory(comparison: Comparison, method: str) -> int:
+def _first_step(comparison: Comparison, method: str) -> dict[str, Any]:
+    """What is told by one step of an untrained network."""
     recipe = comparison.recipe
     batch = recipe.splits(comparison.data_dir).train[: recipe.batch_size].to(device())
     network = recipe.initial_network(0).to(device())
-    return step_memory(network, recipe.objective(method).prepare(network, batch.inputs).to(device()), batch)
+    rule = recipe.objective(method).prepare(network, batch.inputs).to(device())
+    local = locality(network, rule, batch.inputs, batch.labels)
+    return {"memory": step_memory(network, rule, batch), "local": local}

@@ -10,7 +10,7 @@ from hbll.training.evaluate import PathResult
 def result_columns(measures: Sequence[Measure]) -> list[str]:
     """The columns of a table of methods."""
     first, *others = [measure.title for measure in measures]
-    return ["method", first, "spread", *others, "seconds", "work", "span", "peak memory"]
+    return ["method", first, "spread", *others, "seconds", "work", "span", "peak memory", "local"]
 
 
 def result_row(result: MethodResult, measures: Sequence[Measure]) -> list[str]:
@@ -25,6 +25,7 @@ def result_row(result: MethodResult, measures: Sequence[Measure]) -> list[str]:
         str(result["work"]),
         str(result["span"]),
         f"{result['memory'] / 2**20:.2f} MiB",
+        result["local"],
     ]
 
 
