@@ -238,8 +238,8 @@ def forward_forward(rule, network, x, y, wrong):
     for label in (y, wrong):
         state, outputs = overlay(x, label, 3), []
         for block in list(network)[:-1]:
-            outputs.append(block(state))
-            state = unit_length(outputs[-1])
+            state = block(unit_length(state))
+            outputs.append(state)
         yield outputs
 
 
