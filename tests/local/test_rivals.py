@@ -114,11 +114,11 @@ def test_a_block_learns_whatever_the_blocks_after_it_are(case, name):
 def test_a_few_steps_separate_three_clusters(name):
     torch.manual_seed(0)
     y = torch.arange(60) % 3
-    x = torch.randn(60, 12) + 3 * torch.randn(3, 12)[y]
+    x = torch.randn(60, 12) + 2 * torch.randn(3, 12)[y]
     network = SequentialNetwork(normed_layer(12, 16), normed_layer(16, 16), nn.Linear(16, 3))
     rule = RULES[name]().prepare(network, x)
     optimizer = torch.optim.Adam([*network.parameters(), *rule.parameters()], lr=0.01)
-    for _ in range(60):
+    for _ in range(120):
         optimizer.zero_grad()
         rule(network, x, y).loss.backward()
         optimizer.step()
