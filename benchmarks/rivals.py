@@ -1,11 +1,11 @@
 """All training rules on one network, with one budget, each at the learning rate that suits it.
 
-    python benchmarks/rivals.py mnist --data-dir DIR --out OUT
-    python benchmarks/rivals.py cifar10 --data-dir DIR --out OUT --methods bp predsim dfa
+    python benchmarks/rivals.py mnist --rates 5e-4 2e-3 8e-3 3e-2 --data-dir DIR --out OUT
+    python benchmarks/rivals.py cifar10 --rates 1e-3 4e-3 --tune-samples 4000 --data-dir DIR --out OUT
 
 Rules share data, order, augmentation, initial network, AdamW and its schedule. A rule's rate is the one of --rates at which
-one epoch over half the samples gives the highest accuracy on 2,000 training samples that no run trains on; test samples
-decide nothing. The table is of --seeds runs at that rate. Finished runs in OUT are not made again.
+one epoch over --tune-samples gives the highest accuracy on 2,000 training samples that no run trains on; test samples decide
+nothing. The table is of --seeds runs at that rate. Finished runs in OUT are not made again.
 """
 
 import argparse
@@ -16,35 +16,33 @@ import torch
 
 from hbll.recipes import RECIPES, Recipe
 from hbll.training.compare import Comparison, MethodResult, compare
-from hbll.training.evaluate import load_network, measured
-from hbll.training.loop import train
+from hbll.training.evaluate import measured
+from hbll.training.loop import Training
 from hbll.training.run import Run
 
 METHODS = ["bp", "paper", "tree", "scan", "stream", "pipeline", "bll", "dgl", "predsim", "cff", "ff", "dfa"]
 
 TASKS: dict[str, Recipe] = {
     "mnist": RECIPES["mnist-normed-mlp"](blocks=7, width=128, dropout=0.0, epochs=3, train_samples=20000),
-    "cifar10": RECIPES["cifar10-conv"](blocks=7, width=32, epochs=2, train_samples=16000),
+    "cifar10": RECIPES["cifar10-conv"](blocks=7, width=32, batch_size=64, epochs=1, train_samples=16000),
 }
 
 HELD_OUT = 2000
 
 
-def tuned_rate(recipe: Recipe, method: str, rates: list[float], options: argparse.Namespace) -> float:
+def tuned_rate(recipe: Recipe, method: str, options: argparse.Namespace) -> float:
     """The rate with the highest accuracy of the chain on training samples behind those that are trained on."""
-    assert recipe.train_samples is not None
-    begin = recipe.train_samples
-    held_out = recipe.load(options.data_dir).train[begin : begin + HELD_OUT]
+    whole = recipe.load(options.data_dir).train
+    held_out = whole[recipe.train_samples :][:HELD_OUT]
     accuracy = {}
-    for rate in rates:
-        tried = replace(recipe, learning_rate=rate, epochs=1, train_samples=begin // 2)
-        run = Run(
-            recipe=tried, method=method, seed=0, folder=options.out / f"{method}-{rate}", data_dir=options.data_dir
-        )
-        train(run, resume=run.configuration_file.exists())
-        network = load_network(run)
-        chain = tried.objective(method).readouts(network)[:1]
-        accuracy[rate] = measured(network, held_out, chain, tried.measures[:1])[0]["accuracy"]
+    for rate in options.rates:
+        tried = replace(recipe, learning_rate=rate, epochs=1)
+        run = Run(recipe=tried, method=method, seed=0, folder=options.out)
+        training = Training(run, whole[: options.tune_samples])
+        for _ in training.steps():
+            pass
+        chain = training.objective.readouts(training.network)[:1]
+        accuracy[rate] = measured(training.network, held_out, chain, tried.measures[:1])[0]["accuracy"]
     print(f"{method}: " + ", ".join(f"{100 * found:.1f} % at {rate:g}" for rate, found in accuracy.items()), flush=True)
     return max(accuracy, key=accuracy.__getitem__)
 
@@ -72,18 +70,19 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 2e-3, 8e-3])
+    parser.add_argument("--tune-samples", type=int, default=10000)
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 2e-3, 8e-3, 3e-2])
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     recipe, rows = TASKS[options.task], []
     for method in options.methods:
-        rate = tuned_rate(recipe, method, options.rates, options)
+        rate = tuned_rate(recipe, method, options)
         comparison = Comparison(
             recipe=replace(recipe, learning_rate=rate),
             methods=[method],
             seeds=options.seeds,
-            folder=options.out / method,
+            folder=options.out / f"{method}-{rate:g}",
             data_dir=options.data_dir,
         )
         rows.append((rate, *compare(comparison, resume=comparison.file.exists())))
