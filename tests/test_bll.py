@@ -61,7 +61,7 @@ def test_gaussian_blocks_follow_the_likelihood_of_the_label(feedback, topology):
         weights.insert(0, message)
     for k in range(2):
         state = network[2 * k + 1](network[2 * k](state.detach()))
-        classifier = F.cross_entropy(state @ weights[k].T, y)
+        classifier = F.cross_entropy(F.layer_norm(state, state.shape[1:]) @ weights[k].T, y)
         ours = gradients(step.loss, network[2 * k].parameters())
         for mine, theirs in zip(ours, gradients(classifier, network[2 * k].parameters()), strict=True):
             torch.testing.assert_close(mine, theirs)
@@ -121,14 +121,11 @@ def test_the_feedback_pass_needs_neither_input_nor_labels():
     torch.testing.assert_close(first, second @ rule.maps[0].weight.T)
 
 
-def test_prototypes_are_fitted_to_class_means_of_normalised_activations():
+def test_prototypes_are_fitted_to_class_means():
     torch.manual_seed(0)
-    activations, y = torch.randn(9, 6, dtype=torch.float64), torch.arange(9) % CLASSES
-    z = (activations - activations.mean(1, keepdim=True)) / (
-        activations.var(1, correction=0, keepdim=True) + 1e-5
-    ).sqrt()
+    z, y = torch.randn(9, 6, dtype=torch.float64), torch.arange(9) % CLASSES
     means = torch.stack([z[y == c].mean(0) for c in range(CLASSES)]).requires_grad_()
-    loss = prototype_loss(activations, means, y)
+    loss = prototype_loss(z, means, y)
     torch.testing.assert_close(gradients(loss, [means])[0], torch.zeros(CLASSES, 6, dtype=torch.float64))
 
 
@@ -243,7 +240,7 @@ def test_inverted_arcs_wait_for_the_forward_pass_and_for_each_other(blocks):
         ({"feedback": "lerned"}, "unknown feedback 'lerned'; did you mean learned"),
         ({"topology": "tree"}, "unknown topology 'tree'"),
         ({"family": "categorical"}, "unknown family 'categorical'"),
-        ({"feedback": "inverted", "family": "bernoulli"}, "inverted arcs are for Gaussian states"),
+        ({"feedback": "inverted", "family": "bernoulli"}, "inverted feedback is for Gaussian states"),
     ],
 )
 def test_what_cannot_be_is_refused(options, sentence):
@@ -257,7 +254,7 @@ def digits():
 
 
 def accuracy(splits, rule, frozen=False):
-    """After four epochs of digits on seven blocks with a skip."""
+    """After eight epochs of digits on seven blocks with a skip."""
     recipe = RECIPES["digits"](blocks=7)
     network = recipe.initial_network(0)
     rule.prepare(network, splits.train.inputs[:64])
@@ -267,7 +264,7 @@ def accuracy(splits, rule, frozen=False):
                 p.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in [*network.parameters(), *rule.parameters()] if p.requires_grad], lr=2e-3)
     torch.manual_seed(0)
-    for _ in range(4):
+    for _ in range(8):
         for index in torch.randperm(len(splits.train)).split(64):
             optimizer.zero_grad()
             rule(network, splits.train.inputs[index], splits.train.labels[index]).loss.backward()
@@ -276,6 +273,6 @@ def accuracy(splits, rule, frozen=False):
 
 
 def test_learned_feedback_trains_what_a_random_start_does_not(digits):
-    untrained = accuracy(digits, BLL(blocks=8), frozen=True)
-    assert accuracy(digits, BLL(blocks=8)) > untrained + 0.05
-    assert accuracy(digits, BLL(blocks=2)) > accuracy(digits, BLL(blocks=1)) - 0.03
+    by_blocks = {blocks: accuracy(digits, BLL(blocks=blocks)) for blocks in (1, 2, 8)}
+    assert by_blocks[2] > by_blocks[1] - 0.02
+    assert by_blocks[8] > accuracy(digits, BLL(blocks=8), frozen=True) + 0.03

@@ -3,12 +3,12 @@
 Source: Kappel et al., "Block-local learning with probabilistic latent representations", arXiv 2305.14974; the derivation of
 what is minimised here is in docs/bll.md.
 
-The state of block k, z_k, is a latent variable. The *forward message* alpha_k = p(z_k | x) has the block's output as its
-mean; the *backward message* beta_k(z_k) = p(y | z_k) is proportional to exp(<phi_k(y), z_k>), where the feedback network
-carries phi_k(y) = g_k(phi_{k+1}(y)) from the one-hot label, whatever the input. Normalised over the labels and taken to
-first order at the mean of alpha_k, its natural parameters are phi_k(y) - sum_c p(c | z_k) phi_k(c). They are added to
-alpha_k's: the posterior rho_k. Block k learns by KL(rho_k || alpha_k), g_k by -log p(y | z_k), the last block by the
-label's loss.
+The state of block k, z_k, is a latent variable. The *forward message* alpha_k = p(z_k | x) has the block's output,
+normalised, as its mean; the *backward message* beta_k(z_k) = p(y | z_k) is proportional to exp(<phi_k(y), z_k>), where the
+feedback network carries phi_k(y) = g_k(phi_{k+1}(y)) from the one-hot label, whatever the input. Normalised over the labels
+and taken to first order at the mean of alpha_k, its natural parameters are phi_k(y) - sum_c p(c | z_k) phi_k(c). They are
+added to alpha_k's: the posterior rho_k. Block k learns by KL(rho_k || alpha_k), g_k by -log p(y | z_k), the last block by
+the label's loss.
 """
 
 import math
@@ -61,8 +61,8 @@ class BLL(LocalRule):
         check_known(feedback, FEEDBACK, "feedback")
         check_known(topology, ("chain", "direct"), "topology")
         check_known(family, ("gaussian", "bernoulli"), "family")
-        if feedback == "inverted" and family != "gaussian":
-            raise ValueError("inverted arcs are for Gaussian states: leave out family")
+        if feedback in ("prototype", "inverted") and family != "gaussian":
+            raise ValueError(f"{feedback} feedback is for Gaussian states: leave out family")
         self.feedback = feedback
         self.topology = "direct" if feedback == "prototype" else topology
         self.family: Family = Gaussian(variance) if family == "gaussian" else FAMILIES[family]()
@@ -82,11 +82,16 @@ class BLL(LocalRule):
         self.register_buffer("labels", torch.eye(classes), persistent=False)
 
     def latent(self, state: Tensor) -> Tensor:
-        """The mean of a block's latent variable, (B, features), from its output."""
+        """The mean of a block's latent variable, (B, features), from its output.
+
+        Gaussian ones are normalised sample by sample to mean 0 and variance 1: a state could else fit any label better by
+        growing, and what a residual network knows of the input beside the label would drown.
+        """
         if state.ndim == 4:
             rows, columns = state.shape[2:]
             state = F.adaptive_avg_pool2d(state, (min(self.pixels, rows), min(self.pixels, columns)))
-        return state.flatten(1)
+        state = state.flatten(1)
+        return F.layer_norm(state, state.shape[1:]) if isinstance(self.family, Gaussian) else state
 
     def messages(self) -> list[Tensor]:
         """phi_k(c) of every class, (C, features), for blocks 1..K-1: a pass that needs neither inputs nor states.
@@ -140,15 +145,14 @@ def evidence(scores: Tensor, messages: Tensor, y: Tensor) -> Tensor:
     return messages[y] - scores.softmax(1) @ messages
 
 
-def prototype_loss(activations: Tensor, prototypes: Tensor, y: Tensor) -> Tensor:
+def prototype_loss(z: Tensor, prototypes: Tensor, y: Tensor) -> Tensor:
     """The authors' simpler variant: cross-entropy, correlation and similarity, and the fit of the prototypes.
 
-    Activations (B, F) are normalised sample by sample to mean 0 and variance 1, z. The prototypes (C, F) are fitted to z, by
-    squares, which makes them class means. The block is to give z the largest product with its own class's prototype
-    (cross-entropy of <z, prototype> / sqrt(F)), to correlate with it, and to have between samples the cosines that their
-    prototypes have. How the terms are weighed is not published; here equally.
+    The prototypes (C, F) are fitted to normalised activations z (B, F) by squares, which makes them class means. The block
+    is to give z the largest product with its own class's prototype (cross-entropy of <z, prototype> / sqrt(F)), to correlate
+    with it, and to have between samples the cosines that their prototypes have. How the terms are weighed is not published;
+    here equally.
     """
-    z = F.layer_norm(activations, activations.shape[1:])
     fixed = prototypes.detach()
     own = fixed[y]
     classification = F.cross_entropy(z @ fixed.T / math.sqrt(z.shape[1]), y)

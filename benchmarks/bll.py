@@ -1,0 +1,127 @@
+"""Block-local learning by number of blocks and kind of feedback, beside backpropagation.
+
+    python benchmarks/bll.py resnet --seeds 0 1 --data-dir DIR --out OUT
+    python benchmarks/bll.py digits --feedback learned random prototype inverted frozen --cuts 2 4 8 --seeds 0 1 2 --out OUT
+
+Runs of a task share data, order, augmentation, initial network, AdamW at one rate, its schedule and the number of steps.
+`frozen` trains the last block alone, on blocks that stay as they were drawn. Accuracy is of all test samples after the last
+epoch. A finished run is a line of OUT/TASK.jsonl and is not made again.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hbll import audit
+from hbll.bll import BLL
+from hbll.data import Samples
+from hbll.local.backpropagation import Backpropagation
+from hbll.local.rule import LocalRule
+from hbll.recipes import RECIPES, Recipe
+from hbll.training.evaluate import measured
+from hbll.training.schedule import scheduler
+
+TASKS: dict[str, Recipe] = {
+    "digits": RECIPES["digits"](blocks=7),
+    "mnist": RECIPES["mnist-normed-mlp"](blocks=7, width=128, dropout=0.0, epochs=3, train_samples=20000),
+    "resnet": RECIPES["cifar10-resnet"](width=12, epochs=4, batch_size=64, train_samples=10000),
+}
+
+
+def make_rule(feedback: str, cuts: int, network: Any, x: torch.Tensor) -> LocalRule:
+    """The rule of a run, its parameters made; freezes the network's blocks if that is asked for."""
+    if feedback == "bp":
+        return Backpropagation()
+    rule = BLL("learned" if feedback == "frozen" else feedback, blocks=cuts).prepare(network, x)
+    if feedback == "frozen":
+        for segment in rule.cut(network).segments[:-1]:
+            for parameter in segment.parameters:
+                parameter.requires_grad_(False)
+    return rule
+
+
+def trained(recipe: Recipe, feedback: str, cuts: int, seed: int, train: Samples, test: Samples) -> dict:
+    """One run, and what it came to."""
+    network: Any = recipe.initial_network(seed)
+    rule = make_rule(feedback, cuts, network, train.inputs[: recipe.batch_size])
+    weights = [p for p in [*network.parameters(), *rule.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    steps = len(train) // recipe.batch_size
+    schedule = scheduler(recipe.schedule, optimizer, recipe.epochs * steps)
+    draw = np.random.default_rng(seed)
+    began = time.perf_counter()
+    for _ in range(recipe.epochs):
+        order = torch.from_numpy(draw.permutation(len(train)))
+        for index in order[: steps * recipe.batch_size].split(recipe.batch_size):
+            step = rule(network, recipe.augment(train.inputs[index], draw), train.labels[index])
+            optimizer.zero_grad()
+            step.loss.backward()
+            optimizer.step()
+            schedule.step()
+    seconds = time.perf_counter() - began
+    (result,) = measured(network, test, rule.readouts(network), recipe.measures)
+    return {
+        "feedback": feedback,
+        "cuts": cuts,
+        "seed": seed,
+        "accuracy": result["accuracy"],
+        "seconds": seconds,
+        "work": step.work,
+        "span": step.span,
+    }
+
+
+def table(runs: list[dict]) -> str:
+    """A row for every kind of feedback and number of blocks; work and span as shares of backpropagation's."""
+    lines = ["| blocks | feedback | test accuracy, % | seeds | work | span | s |", "|---" * 7 + "|"]
+    baseline = next(run for run in runs if run["feedback"] == "bp")
+    for feedback, cuts in dict.fromkeys((run["feedback"], run["cuts"]) for run in runs):
+        same = [run for run in runs if (run["feedback"], run["cuts"]) == (feedback, cuts)]
+        accuracies = [100 * run["accuracy"] for run in same]
+        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(same) > 1 else ""
+        lines.append(
+            f"| {cuts} | {feedback} | {statistics.mean(accuracies):.2f}{spread} | {len(same)} "
+            f"| {same[0]['work'] / baseline['work']:.2f} | {same[0]['span'] / baseline['span']:.2f} "
+            f"| {statistics.mean(run['seconds'] for run in same):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--feedback", nargs="+", default=["learned"])
+    parser.add_argument("--cuts", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = TASKS[options.task]
+    splits = recipe.splits(options.data_dir)
+    for cuts in options.cuts:
+        network, first = recipe.initial_network(0), splits.train[: recipe.batch_size]
+        rule = make_rule("learned", cuts, network, first.inputs)
+        print(f"{cuts} blocks\n{audit(network, rule, first.inputs, first.labels)}\n", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"{options.task}.jsonl"
+    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(run["feedback"], run["cuts"], run["seed"]) for run in runs}
+    for seed in options.seeds:
+        for feedback, cuts in [("bp", 1), *((kind, cuts) for cuts in options.cuts for kind in options.feedback)]:
+            if (feedback, cuts, seed) not in done:
+                runs.append(trained(recipe, feedback, cuts, seed, splits.train, splits.test))
+                with file.open("a") as lines:
+                    lines.write(json.dumps(runs[-1]) + "\n")
+                print(runs[-1], flush=True)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
