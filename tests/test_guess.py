@@ -25,8 +25,10 @@ def residual(nodes=8, seed=0):
     return mlp(nodes, block=Residual, seed=seed)
 
 
-def predicted(jumps, z0):
-    """T_n = jump_n(T_left(n)), by the recursion of tests/reference.py; every jump reads a detached state."""
+def predicted(jumps, z0, guess="tree"):
+    """T_n = jump_n(T_left(n)), by the recursion of tests/reference.py, or jump_n(z_0); every jump reads a detached state."""
+    if guess == "star":
+        return torch.stack([jump(z0.detach()) for jump in jumps])
     states = {0: z0.detach()}
     for level in parents(len(jumps) + 1):
         for n, left, _ in level:
@@ -111,7 +113,7 @@ class TestTree:
     @pytest.mark.parametrize("given", [3, 8])
     def test_a_jump_per_stage(self, given):
         net, _, _ = residual()
-        with pytest.raises(ValueError, match=f"needs a jump per stage, 7; got {given}"):
+        with pytest.raises(ValueError, match=f"predictors need a jump per stage, 7; got {given}"):
             hbll.Objective("scan", guess="tree", jumps=[Residual() for _ in range(given)]).prepare(net)
 
     @pytest.mark.parametrize("size", [1, 2, 3])
@@ -137,14 +139,14 @@ class TestTree:
 
     @every_engine
     @pytest.mark.parametrize(("size", "sweeps"), [(1, 1), (1, 3), (3, 2)])
-    @pytest.mark.parametrize("nodes", [8, 11])
-    def test_guess_and_regression_by_autograd(self, nodes, size, sweeps, engine):
+    @pytest.mark.parametrize(("nodes", "kind"), [(8, "tree"), (11, "tree"), (8, "star")])
+    def test_guess_and_regression_by_autograd(self, nodes, kind, size, sweeps, engine):
         net, x, y = residual(nodes)
-        objective = hbll.Objective("scan", stage=size, sweeps=sweeps, guess="tree", engine=engine).prepare(net)
+        objective = hbll.Objective("scan", stage=size, sweeps=sweeps, guess=kind, engine=engine).prepare(net)
         jumps = objective.states.guess.jumps
         step = objective(net, x, y)
         z0, blocks = net.embed(x).detach(), list(net.blocks)
-        guess = predicted(jumps, z0)
+        guess = predicted(jumps, z0, kind)
         f = [nn.Sequential(*blocks[start : start + size]) for start in range(0, len(blocks), size)]
         h = list(guess.detach())
         for _ in range(sweeps):

@@ -64,6 +64,16 @@ class TestCuts:
         assert stages.depth(stages.nodes) == min(size, count)
         assert stages.depth([stages.nodes[-1]]) == stages.size([stages.nodes[-1]]) == len(expected[-1])
 
+    @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=8))
+    def test_a_size_for_every_stage(self, sizes):
+        stages = Stages(nn.ModuleList(nn.Identity() for _ in range(sum(sizes))), sizes, "loop")
+        assert [len(numbers) for numbers in stages.numbers] == sizes
+        assert [n for numbers in stages.numbers for n in numbers] == list(range(1, sum(sizes) + 1))
+
+    def test_sizes_must_add_up(self):
+        with pytest.raises(ValueError, match="stages of 2, 2, 3 blocks are 7, not 8"):
+            Stages(nn.ModuleList(nn.Identity() for _ in range(8)), (2, 2, 3), "loop")
+
     def test_names(self):
         blocks = nn.ModuleList(nn.Identity() for _ in range(7))
         assert Stages(blocks, 3, "loop").names == ["stage 1 (blocks 1-3)", "stage 2 (blocks 4-6)", "block 7"]
@@ -206,8 +216,10 @@ class TestCounters:
             ("scan", {"sweeps": 2, "credit_sweeps": 1}),
             ("scan", {"sweeps": 2, "credit_sweeps": 2, "coarse": "none"}),
             ("scan", {"sweeps": 2, "credit_sweeps": 1, "guess": "tree"}),
+            ("scan", {"sweeps": 2, "credit_sweeps": 1, "guess": "star"}),
             ("scan", {"states": "chain"}),
             ("stream", {}),
+            ("stream", {"spine": "last"}),
             ("stream", {"spine": "right"}),
             ("stream", {"spine": "none"}),
             ("stream", {"spine": "none", "heads": "own"}),
@@ -247,6 +259,17 @@ class TestCounters:
         assert step.work / 45 == pytest.approx(work, rel=0.1)
         assert step.work / 45 < work + 0.05
 
+    @pytest.mark.parametrize(
+        ("sizes", "jumps", "span"),
+        [((2, 2, 3), "last", 6), ((2, 3, 2), "right", 6), ((3, 3, 1), "doubling", 10), ((1, 2, 4), "doubling", 8)],
+    )
+    def test_short_stages_with_long_spines_cost_no_span(self, sizes, jumps, span):
+        net, objective = countable(8), hbll.Objective("stream", stage=sizes, spine=jumps)
+        run_in(net, objective, 3)
+        counted, measured = measure(net, objective)
+        assert counted == measured
+        assert counted[1] == span
+
     @every_engine
     @pytest.mark.parametrize(
         ("options", "span", "work"),
@@ -274,7 +297,7 @@ class TestCounters:
         size=st.integers(1, 4),
         sweeps=st.integers(1, 4),
         credit_sweeps=st.integers(0, 3),
-        guess=st.sampled_from(["mean", "tree"]),
+        guess=st.sampled_from(["mean", "tree", "star"]),
     )
     def test_formula_of_scan(self, engine, count, size, sweeps, credit_sweeps, guess):
         net = countable(count + 1)
@@ -284,12 +307,12 @@ class TestCounters:
         step = hbll.Objective("scan", engine=chosen if count % size == 0 or size == 1 else "loop", **options).prepare(
             net
         )(net, torch.randn(BATCH, 3), torch.tensor([0, 2]))
-        levels = stages.bit_length() if guess == "tree" else 0  # ceil(log2(stages + 1))
+        levels = {"mean": 0, "star": 1, "tree": stages.bit_length()}[guess]  # ceil(log2(stages + 1)) of the tree
         longest = min(size, count)
         assert step.span == longest * (sweeps + credit_sweeps + 1) + levels
         # The update takes a product for every block's parameters, and one for every state inside of a stage.
         update = 2 * count - stages
-        assert step.work == (sweeps + credit_sweeps) * count + update + (2 * stages if guess == "tree" else 0)
+        assert step.work == (sweeps + credit_sweeps) * count + update + (0 if guess == "mean" else 2 * stages)
 
     def test_the_rim_is_counted(self):
         net = countable(16)
@@ -442,9 +465,9 @@ class TestOptions:
             ("scope", "block, triplet, tree"),
             ("inversion", "none, taylor, exact"),
             ("family", "gaussian, bernoulli, categorical"),
-            ("guess", "mean, tree"),
+            ("guess", "mean, tree, star"),
             ("coarse", "skip, none"),
-            ("spine", "doubling, right, none"),
+            ("spine", "doubling, right, last, none"),
             ("heads", "shared, own"),
             ("engine", "auto, loop, batched"),
         ],
@@ -463,6 +486,8 @@ class TestOptions:
             ({"spine_share": float("nan")}, "spine_share must be positive"),
             ({"spine_share": 1.01}, "spine_share is at most 1; got 1.01"),
             ({"stage": 0}, "stage must be at least 1; got 0"),
+            ({"stage": (2, 0, 1)}, r"stage must be at least 1; got \(2, 0, 1\)"),
+            ({"stage": ()}, "stage must be at least 1"),
             ({"iterations": 0}, "iterations must be at least 1"),
             ({"sweeps": 0}, "sweeps must be at least 1; got 0"),
             ({"noise": -0.1}, "noise must not be negative"),

@@ -2,7 +2,7 @@
 
 import copy
 import io
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations, pairwise
 
 import pytest
 import torch
@@ -50,6 +50,8 @@ def next_position(n, position, last, kind):
     """Where the output of stage n jumps from ``position``; None if to the head."""
     if position == last or kind == "none":
         return None
+    if kind == "last":
+        return last
     if kind == "right":
         (right,) = (j for level in parents(last + 1) for m, _, j in level if m == position)
         return right if right <= last else None
@@ -64,7 +66,8 @@ class Reference:
     def __init__(self, net, size, kind="doubling"):
         self.net, self.kind = net, kind
         blocks = list(net.blocks)
-        self.stages = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        borders = [*range(0, len(blocks), size), len(blocks)] if isinstance(size, int) else [0, *accumulate(size)]
+        self.stages = [blocks[start:end] for start, end in pairwise(borders)]
         self.inputs, self.labels = {}, {}
 
     def loss(self, x, y):
@@ -102,6 +105,10 @@ class TestPseudoCode:
             ("mlp", 1, "none", "batched"),
             ("mlp", 3, "none", "loop"),
             ("mlp", 9, "doubling", "auto"),
+            ("mlp", 1, "last", "batched"),
+            ("mlp", (2, 2, 3), "last", "loop"),
+            ("mlp", (2, 3, 2), "right", "batched"),
+            ("mlp", (1, 2, 3, 1), "doubling", "batched"),
             ("convolutional", 2, "doubling", "loop"),
             ("transformer", 2, "doubling", "batched"),
             ("transformer", 3, "right", "loop"),
@@ -122,7 +129,7 @@ class TestPseudoCode:
                 optimizer.step()
         for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
-        if size < 7:
+        if size != 9:
             kept = torch.stack([reference.inputs[n] for n in sorted(reference.inputs)])
             torch.testing.assert_close(objective.states.inputs, kept)
             assert torch.equal(objective.states.labels, torch.stack([reference.labels[n] for n in reference.labels]))
@@ -269,7 +276,7 @@ class TestStates:
 class TestSpine:
     """The jumps of every stage."""
 
-    @pytest.mark.parametrize("kind", ["doubling", "right", "none"])
+    @pytest.mark.parametrize("kind", ["doubling", "right", "last", "none"])
     @given(last=st.integers(1, 70))
     def test_brute_force(self, kind, last):
         tree = Tree(last + 1)

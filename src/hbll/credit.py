@@ -255,9 +255,12 @@ class SpineCredit(Credit):
             count = max(1, round(self.rule.spine_share * len(nodes)))
             chosen = tuple(nodes[i] for i in sorted(torch.randperm(len(nodes))[:count].tolist()))
         weight = len(nodes) / len(chosen)
-        # An audit is to tell the nodes' losses apart.
-        for together in [(n,) for n in chosen] if trace.observer else [chosen]:
-            self._arc(trace, together).invert(trace, self.rule, weight)
+        # Shorter stages need not wait for longer ones, and an audit is to tell the nodes' losses apart.
+        apart: dict[int, list[int]] = {}
+        for n in chosen:
+            apart.setdefault(n if trace.observer else trace.depth("output", [n]), []).append(n)
+        for together in apart.values():
+            self._arc(trace, tuple(together)).invert(trace, self.rule, weight)
 
     def _head(self, trace: Trace, node: int) -> nn.Module:
         if self.rule.heads == "shared" or node == trace.stages.nodes[-1]:
@@ -312,11 +315,13 @@ def spine(node: int, tree: Tree, kind: str) -> tuple[int, ...]:
     Args:
         node: the stage.
         tree: the tree over stages 1..S.
-        kind: ``doubling``: node + 1, + 3, + 7, .., S; ``right``: the right parents up to the label; ``none``.
+        kind: ``doubling``: node + 1, + 3, + 7, .., S; ``right``: the right parents up to the label; ``last``: S; ``none``.
     """
     last = tree.nodes - 1
     if kind == "none" or node == last:
         return ()
+    if kind == "last":
+        return (last,)
     if kind == "right":
         after = tree.right(node)
         return () if after > last else (after, *spine(after, tree, kind))

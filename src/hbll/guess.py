@@ -1,4 +1,4 @@
-"""First guesses of the chain's states, which sweeps then correct: a running mean, or a predictor tree."""
+"""First guesses of the chain's states, which sweeps then correct: a running mean, or predictors of one level or a tree."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,9 @@ from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.stages import Stages, fresh_copy
 from hbll.trace import Trace, attach_gradients, wide
+from hbll.tree import Tree
 
-__all__ = ["GUESSES", "Guess", "MeanGuess", "TreeGuess"]
+__all__ = ["GUESSES", "Guess", "MeanGuess", "StarGuess", "TreeGuess"]
 
 
 class Guess(nn.Module):
@@ -78,24 +79,30 @@ class TreeGuess(Guess):
         if not self.jumps:
             self.jumps.extend(fresh_copy(network.blocks[numbers[-1] - 1]) for numbers in stages.numbers)
         if len(self.jumps) != len(stages.numbers):
-            raise ValueError(f"a predictor tree needs a jump per stage, {len(stages.numbers)}; got {len(self.jumps)}")
+            raise ValueError(f"predictors need a jump per stage, {len(stages.numbers)}; got {len(self.jumps)}")
         self.engine = make_engine(list(self.jumps), [f"jump {n}" for n in stages.nodes], self.rule.engine)
+
+    @staticmethod
+    def levels(tree: Tree) -> list[dict[int, int]]:
+        """The nodes of every level, each with the node whose state its jump takes; 0 is the embedded input."""
+        return [{n: tree.left(n) for n in level} for level in tree.levels]
 
     def forward(self, trace: Trace) -> Tensor:
         if self.engine is None:
             raise ValueError(
-                "the predictor tree has no jumps yet: call objective.prepare(network) before the optimizer is made"
+                "the predictors have no jumps yet: call objective.prepare(network) before the optimizer is made"
             )
         found = {0: trace.boundary[0].detach()}
         self._calls = []
-        for level, nodes in enumerate(trace.tree.levels, 1):
-            for group in self.engine.groups(nodes):
+        levels = self.levels(trace.tree)
+        for level, parents in enumerate(levels, 1):
+            for group in self.engine.groups(list(parents)):
                 with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-                    evaluation = self.engine(group, stack([found[trace.tree.left(n)] for n in group]))
+                    evaluation = self.engine(group, stack([found[parents[n]] for n in group]))
                 trace.count(len(group), level)
                 self._calls.append((group, evaluation))
                 found.update(zip(group, evaluation.outputs.detach().unbind(0), strict=True))
-        trace.clock = len(trace.tree.levels)
+        trace.clock = len(levels)
         return torch.stack([found[n] for n in trace.stages.nodes])
 
     def learn(self, trace: Trace, states: Tensor) -> None:
@@ -117,8 +124,16 @@ class TreeGuess(Guess):
         self._calls = []
 
 
+class StarGuess(TreeGuess):
+    """The same with a single level: every jump takes the embedded input, T_n = jump_n(z_0)."""
+
+    @staticmethod
+    def levels(tree: Tree) -> list[dict[int, int]]:
+        return [dict.fromkeys(tree.chain, 0)]
+
+
 def _rows(states: Tensor, nodes: Sequence[int]) -> Tensor:
     return torch.stack([states[n - 1] for n in nodes])
 
 
-GUESSES: dict[str, type[Guess]] = {"mean": MeanGuess, "tree": TreeGuess}
+GUESSES: dict[str, type[Guess]] = {"mean": MeanGuess, "tree": TreeGuess, "star": StarGuess}

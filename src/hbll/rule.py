@@ -25,8 +25,9 @@ class Rule:
     after the other; by parallel sweeps; or left there by the step before."""
     boundary: Literal["posterior", "prior"] = "posterior"
     """What a node of the tree hands to its children: its target, or what its block computed."""
-    stage: int = 1
-    """Consecutive blocks that form one node, evaluated one after the other with exact gradients inside."""
+    stage: int | Sequence[int] = 1
+    """Consecutive blocks that form one node, evaluated one after the other with exact gradients inside; or a number for
+    every node, such as (2, 2, 3)."""
     credit: Literal["arcs", "exact", "scan", "spine", "late"] = "arcs"
     """Inverted right arcs; the exact gradient through the whole chain; parallel sweeps of vector-Jacobian products; the
     gradient through a few jumps to the head; or the exact gradient of an earlier step's batch."""
@@ -56,14 +57,16 @@ class Rule:
     """Sweeps of scan credit."""
     tolerance: float | None = None
     """Sweeps of states end as soon as one moves them by less than this, relative to their norm."""
-    guess: Literal["mean", "tree"] = "mean"
-    """Where the sweeps of states start: a running mean over steps, or a predictor tree with parameters of its own."""
+    guess: Literal["mean", "tree", "star"] = "mean"
+    """Where the sweeps of states start: a running mean over steps, or predictors with parameters of their own, a tree of
+    them or each on the embedded input."""
     jumps: Sequence[nn.Module] = ()
-    """The blocks of the predictor tree, one per stage; by default fresh copies of each stage's last block."""
+    """The blocks of the predictors, one per stage; by default fresh copies of each stage's last block."""
     coarse: Literal["skip", "none"] = "skip"
     """How a sweep carries a correction across a stage: unchanged, as skip connections do, or not at all."""
-    spine: Literal["doubling", "right", "none"] = "doubling"
-    """The stages whose last blocks spine credit passes on its way to the head: 1, 3, 7, .. on; the right parents; none."""
+    spine: Literal["doubling", "right", "last", "none"] = "doubling"
+    """The stages whose last blocks spine credit passes on its way to the head: 1, 3, 7, .. on; the right parents; the last
+    one alone; none."""
     spine_share: float = 1.0
     """Share of the stages, drawn anew each step, that receive spine credit; theirs is scaled up to make up for it."""
     heads: Literal["shared", "own"] = "shared"
@@ -84,8 +87,9 @@ class Rule:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
         for name in ("stage", "iterations", "sweeps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if (value if isinstance(value, int) else min(value, default=0)) < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
         for name in ("noise", "rim", "credit_sweeps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")

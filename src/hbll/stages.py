@@ -5,7 +5,8 @@ between stages, on the tree over them. Stages of one block are the plain rule.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 from torch import nn
 
@@ -20,7 +21,7 @@ class Stages:
 
     Args:
         blocks: the network's blocks.
-        size: blocks in a stage; the last stage may have fewer.
+        size: blocks in a stage, the last of which may have fewer; or of every stage, one after the other.
         engine: ``auto``, ``loop`` or ``batched``, see ``make_engine``.
 
     Attributes:
@@ -29,14 +30,22 @@ class Stages:
         tree: the binary tree over the stages.
         engine: evaluates stages.
         last_blocks: evaluates the last block of stages; the engine itself if stages are single blocks.
+
+    Raises:
+        ValueError: the sizes of all stages do not add up to the number of blocks.
     """
 
-    def __init__(self, blocks: nn.ModuleList, size: int, engine: str) -> None:
+    def __init__(self, blocks: nn.ModuleList, size: int | Sequence[int], engine: str) -> None:
         self.blocks = list(blocks)
-        everything = range(1, len(blocks) + 1)
-        self.numbers = [tuple(everything[start : start + size]) for start in range(0, len(blocks), size)]
+        if isinstance(size, int):
+            borders = [*range(0, len(blocks), size), len(blocks)]
+        else:
+            borders = [0, *accumulate(size)]
+            if borders[-1] != len(blocks):
+                raise ValueError(f"stages of {', '.join(map(str, size))} blocks are {borders[-1]}, not {len(blocks)}")
+        self.numbers = [tuple(range(before + 1, after + 1)) for before, after in pairwise(borders)]
         self.tree = Tree(len(self.numbers) + 1)
-        if size == 1:
+        if len(self.numbers) == len(blocks):
             self.engine = self.last_blocks = make_engine(list(blocks), self.names, engine)
         else:
             cut = [nn.Sequential(*(blocks[n - 1] for n in stage)) for stage in self.numbers]
