@@ -38,6 +38,8 @@ RULES: dict[str, tuple[str, dict]] = {
     "scan G1 K3 C3 mean": ("scan", {"sweeps": 3, "credit_sweeps": 3}),
     "scan G1 K6 C4 mean": ("scan", {"sweeps": 6, "credit_sweeps": 4}),
     "scan G1 K8 C6 mean": ("scan", {"sweeps": 8, "credit_sweeps": 6}),
+    "scan G1 K3 C2 star": ("scan", {"sweeps": 3, "credit_sweeps": 2, "guess": "star"}),
+    "scan G1 K4 C3 star": ("scan", {"sweeps": 4, "credit_sweeps": 3, "guess": "star"}),
     "scan G1 K2 C1 tree": ("scan", {"sweeps": 2, "credit_sweeps": 1, "guess": "tree"}),
     "scan G1 K4 C2 tree": ("scan", {"sweeps": 4, "credit_sweeps": 2, "guess": "tree"}),
     "scan G3 K2 C1 tree": ("scan", {"stage": 3, "sweeps": 2, "credit_sweeps": 1, "guess": "tree"}),
@@ -55,12 +57,17 @@ RULES: dict[str, tuple[str, dict]] = {
     "stream G4": ("stream", {"stage": 4}),
     "stream G5": ("stream", {"stage": 5}),
     "stream G6": ("stream", {"stage": 6}),
+    "stream G8": ("stream", {"stage": 8}),
+    "stream G2-2-3 last": ("stream", {"stage": (2, 2, 3), "spine": "last"}),
+    "stream G2-3-2 right": ("stream", {"stage": (2, 3, 2), "spine": "right"}),
     "stream G3 rim": ("stream", {"stage": 3, "rim": 0.3}),
     "stream G3 no spine": ("stream", {"stage": 3, "spine": "none"}),
     "greedy G3": ("stream", {"stage": 3, "spine": "none", "heads": "own"}),
     "greedy G1": ("stream", {"spine": "none", "heads": "own"}),
     "chain spine G3": ("stream", {"states": "chain", "stage": 3}),
     "pipeline": ("pipeline", {}),
+    "pipeline G3": ("pipeline", {"stage": 3}),
+    "pipeline G5": ("pipeline", {"stage": 5}),
 }
 
 
