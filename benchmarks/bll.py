@@ -37,7 +37,7 @@ TASKS: dict[str, Recipe] = {
 def make_rule(feedback: str, cuts: int, network: Any, x: torch.Tensor) -> LocalRule:
     """The rule of a run, its parameters made; freezes the network's blocks if that is asked for."""
     if feedback == "bp":
-        return Backpropagation()
+        return Backpropagation().prepare(network, x)
     rule = BLL("learned" if feedback == "frozen" else feedback, blocks=cuts).prepare(network, x)
     if feedback == "frozen":
         for segment in rule.cut(network).segments[:-1]:

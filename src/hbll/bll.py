@@ -76,8 +76,8 @@ class BLL(LocalRule):
         if self.feedback == "inverted":
             return
         sizes = [self.latent(torch.empty(1, *shape)).shape[1] for shape in shapes[:-1]]
-        sources = [*sizes[1:], classes] if self.topology == "chain" else [classes] * len(sizes)
-        self.maps.extend(feedback_map(source, size) for source, size in zip(sources, sizes, strict=False))
+        sources = [*sizes, classes][1:] if self.topology == "chain" else [classes] * len(sizes)
+        self.maps = nn.ModuleList(map(feedback_map, sources, sizes))
         self.maps.requires_grad_(self.feedback != "random")
         self.register_buffer("labels", torch.eye(classes), persistent=False)
 

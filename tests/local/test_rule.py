@@ -55,13 +55,13 @@ def test_backpropagation_is_autograd_through_the_whole_network(network):
 
 def test_it_costs_what_the_objective_of_that_name_costs():
     network, (x, y) = tree(7), batch()
-    local, objective = Backpropagation()(network, x, y), Objective("bp")(network, x, y)
+    local, objective = Backpropagation().prepare(network, x)(network, x, y), Objective("bp")(network, x, y)
     assert (local.work, local.span) == (objective.work, objective.span) == (3 * 7, 2 * 7)
 
 
 def test_nothing_crosses_from_block_to_block():
     network, (x, y) = plain(), batch()
-    step = Halves()(network, x, y)
+    step = Halves().prepare(network, x)(network, x, y)
     first = torch.tanh(network[0](x))
     mine = torch.autograd.grad(step.loss, network[0].weight)[0]
     torch.testing.assert_close(mine, torch.autograd.grad(first.square().sum() / 2, network[0].weight)[0])
@@ -88,10 +88,10 @@ def test_cost_of_detached_blocks(blocks):
 
 def test_diagnosis_compares_with_backpropagation_and_leaves_nothing_behind():
     network, (x, y) = plain(), batch()
-    reports = Backpropagation().diagnose(network, x, y)
+    reports = Backpropagation().prepare(network, x).diagnose(network, x, y)
     assert reports[1].cosine == pytest.approx(1.0)
     network.insert(1, nn.BatchNorm1d(6).double())
-    reports = Halves().diagnose(network, x, y)
+    reports = Halves().prepare(network, x).diagnose(network, x, y)
     assert list(reports) == [1, 2, 3]
     assert all(-1 <= report.cosine < 0.999 for report in reports.values())
     assert all(p.grad is None for p in network.parameters())
@@ -101,7 +101,12 @@ def test_diagnosis_compares_with_backpropagation_and_leaves_nothing_behind():
 @pytest.mark.parametrize("labels", [torch.zeros(6, dtype=int), torch.zeros(7, 2, dtype=int), torch.zeros(7)])
 def test_labels_are_one_class_a_sample(labels):
     with pytest.raises(ValueError, match="one integer class for each of 7 samples"):
-        Halves()(plain(), batch()[0], labels)
+        Halves().prepare(plain(), batch()[0])(plain(), batch()[0], labels)
+
+
+def test_a_rule_is_prepared_before_its_first_step():
+    with pytest.raises(ValueError, match=r"call rule.prepare\(network, x\)"):
+        Halves()(plain(), *batch())
 
 
 def test_unknown_rules_are_refused():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hbll.local.methods import METHODS
 from hbll.objective import Objective
 from hbll.recipes import RECIPES
 from hbll.rule import PRESETS
@@ -13,6 +14,7 @@ from hbll.training.loop import Interrupted, train
 from hbll.training.run import Run, open_run
 
 Digits = RECIPES["digits"]
+ALL_METHODS = tuple(dict.fromkeys([*PRESETS, *METHODS]))
 SMALL = Digits(blocks=3, width=8, epochs=3, train_samples=300, learning_rate=1e-3)  # four steps an epoch
 
 
@@ -78,7 +80,7 @@ def be_killed():
 @pytest.mark.parametrize(
     ("recipe", "method", "step"),
     [(SMALL, "paper", step) for step in (0, 3, 4)]
-    + [(SMALL, method, 6) for method in PRESETS]
+    + [(SMALL, method, 6) for method in ALL_METHODS]
     + [
         (replace(SMALL, schedule="cosine"), "bp", 6),
         (replace(SMALL, schedule="linear"), "bp", 6),
@@ -245,7 +247,7 @@ def test_seeds_differ_in_their_order_and_epochs_too(tmp_path):
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("method", ALL_METHODS)
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, method):
     run = run_in(tmp_path, Poisoned(**vars(SMALL)), method)
     with pytest.raises(ValueError, match=r"NaN or infinite in step \d of epoch 1, first (at|in the weights of) "):

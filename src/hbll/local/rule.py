@@ -86,6 +86,7 @@ class LocalRule(nn.Module):
         self.blocks = blocks
         self.balance: Literal["count", "parameters"] = balance
         self.loss = loss
+        self.prepared = False
 
     def cut(self, network: nn.Module) -> Blocks:
         """The network's blocks and its head.
@@ -104,6 +105,7 @@ class LocalRule(nn.Module):
         with evaluating(network), torch.no_grad():
             *states, logits = self.cut(network).evaluate(x[:1])
         self.build([state.shape[1:] for state in states], logits.shape[-1])
+        self.prepared = True
         return self.to(logits)  # on their device, in their precision
 
     def build(self, shapes: Sequence[torch.Size], classes: int) -> None:
@@ -118,8 +120,10 @@ class LocalRule(nn.Module):
             y: its classes, (B,).
 
         Raises:
-            ValueError: the labels are not one class for each sample.
+            ValueError: the labels are not one class for each sample, or the rule was not prepared.
         """
+        if not self.prepared:
+            raise ValueError("a local rule sees the shapes of states before its first step: call rule.prepare(network, x)")
         if y.shape != x.shape[:1] or y.is_floating_point():
             raise ValueError(
                 f"local rules take one integer class for each of {len(x)} samples; got labels {tuple(y.shape)} of {y.dtype}"
