@@ -96,6 +96,12 @@ def test_there_are_no_more_blocks_than_layers(count):
         cut(body, count)
 
 
+def test_an_unknown_balance_is_refused():
+    *body, _ = parts(plain(2, 3, 4))
+    with pytest.raises(ValueError, match="unknown balance 'size'"):
+        cut(body, 2, "size")
+
+
 @pytest.mark.parametrize("frozen", [(), (0,), (0, 2), (4,), (0, 2, 4)])
 def test_a_walk_back_makes_the_products_that_autograd_makes(frozen):
     network = plain(5, 5, 5, 5)

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from hbll.layout import Readout
+from hbll.names import check_known
 from hbll.network import TreeNetwork
 
 __all__ = ["Part", "Segment", "SequentialNetwork", "cut", "evaluating", "parts"]
@@ -129,9 +130,7 @@ def parts(network: nn.Module) -> list[Part]:
     if not isinstance(network, nn.Sequential):
         raise ValueError(f"a {type(network).__name__} has no parts to cut: hand it over as hbll.cuts.SequentialNetwork")
     *body, head = network
-    layers = [
-        Part(f"layer {n}", module, int(any(True for _ in module.parameters()))) for n, module in enumerate(body, 1)
-    ]
+    layers = [Part(f"layer {n}", module, int(_has_parameters(module))) for n, module in enumerate(body, 1)]
     return [*layers, Part("head", head, 0)]
 
 
@@ -151,8 +150,9 @@ def cut(
             more), or the parameters in each (the largest has as few as can be).
 
     Raises:
-        ValueError: there are fewer parts than segments, or a place to cut is none.
+        ValueError: there are fewer parts than segments, a place to cut is none, or an unknown balance.
     """
+    check_known(balance, ("count", "parameters"), "balance")
     if isinstance(blocks, Sequence):
         if any(a >= b for a, b in pairwise((0, *blocks, len(body)))):
             raise ValueError(
@@ -188,11 +188,15 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 def _groups(body: Sequence[Part]) -> list[list[Part]]:
     """Runs of parts that no number of segments separates."""
     groups: list[list[Part]] = [[]]
     for part in body:
-        if part.parameters and any(earlier.parameters for earlier in groups[-1]):
+        if _has_parameters(part.module) and any(_has_parameters(earlier.module) for earlier in groups[-1]):
             groups.append([])
         groups[-1].append(part)
     return groups
