@@ -30,7 +30,7 @@ from hbll.training.schedule import scheduler
 TASKS: dict[str, Recipe] = {
     "digits": RECIPES["digits"](blocks=7),
     "mnist": RECIPES["mnist-normed-mlp"](blocks=7, width=128, dropout=0.0, epochs=3, train_samples=20000),
-    "resnet": RECIPES["cifar10-resnet"](width=12, epochs=4, batch_size=64, train_samples=8000),
+    "resnet": RECIPES["cifar10-resnet"](width=8, epochs=4, batch_size=64, train_samples=8000),
 }
 
 

@@ -96,11 +96,12 @@ class BLL(LocalRule):
     def messages(self) -> list[Tensor]:
         """phi_k(c) of every class, (C, features), for blocks 1..K-1: a pass that needs neither inputs nor states.
 
-        Each carries the graph of its own map alone.
+        Each carries the graph of its own map alone. Maps hand on directions: else a message that has grown would shake those
+        of all blocks before, whose maps have not seen it come.
         """
         messages, message = [], self.labels
         for feedback in reversed(self.maps):
-            message = feedback(message.detach() if self.topology == "chain" else self.labels)
+            message = feedback(F.normalize(message.detach()) if self.topology == "chain" else self.labels)
             messages.append(message)
         return messages[::-1]
 
