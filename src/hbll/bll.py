@@ -5,10 +5,10 @@ what is minimised here is in docs/bll.md.
 
 The state of block k, z_k, is a latent variable. The *forward message* alpha_k = p(z_k | x) has the block's output,
 normalised, as its mean; the *backward message* beta_k(z_k) = p(y | z_k) is proportional to exp(<phi_k(y), z_k>), where the
-feedback network carries phi_k(y) = g_k(phi_{k+1}(y)) from the one-hot label, whatever the input. Normalised over the labels
-and taken to first order at the mean of alpha_k, its natural parameters are phi_k(y) - sum_c p(c | z_k) phi_k(c). They are
-added to alpha_k's: the posterior rho_k. Block k learns by KL(rho_k || alpha_k), g_k by -log p(y | z_k), the last block by
-the label's loss.
+feedback network carries phi_k(y) = g_k(phi_{k+1}(y)), of which it hands on the direction, from the one-hot label, whatever
+the input. Normalised over the labels and taken to first order at the mean of alpha_k, its natural parameters are
+phi_k(y) - sum_c p(c | z_k) phi_k(c). They are added to alpha_k's: the posterior rho_k. Block k learns by
+KL(rho_k || alpha_k), g_k by -log p(y | z_k), the last block by the label's loss.
 """
 
 import math

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hbll.cuts import SequentialNetwork
+from hbll.families import Bernoulli, Gaussian
 from hbll.local.methods import METHODS
 from hbll.recipes import RECIPES
 from hbll.training import metrics
@@ -26,6 +27,11 @@ def test_local_rules_see_as_many_blocks_as_are_asked_for(cuts):
 @pytest.mark.parametrize("method", ["bp", "paper"])
 def test_rules_that_have_nothing_to_cut_are_as_without(method):
     assert repr(replace(DIGITS, cuts=2).objective(method)) == repr(DIGITS.objective(method))
+
+
+def test_sigmoid_states_are_bernoulli_variables():
+    assert isinstance(RECIPES["mnist-mlp"](width=8).objective("bll").family, Bernoulli)
+    assert isinstance(DIGITS.objective("bll").family, Gaussian)
 
 
 def test_more_cuts_than_layers_cannot_be_had(tmp_path):

@@ -1,7 +1,8 @@
 """What every recipe has whose network is a sequence of parts: local rules, on as many blocks as it is cut into."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hbll.local.methods import make_rule
 from hbll.protocols import TrainingRule
@@ -11,6 +12,9 @@ from hbll.recipes.base import Recipe
 @dataclass(frozen=True, kw_only=True)
 class CutRecipe(Recipe):
     """Options of local rules."""
+
+    suited: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Options of rules, by method, that suit the states of the recipe's network better than the rules' own."""
 
     cuts: int | None = None
     """Blocks that the network is cut into for local rules such as bll, of about as many layers each (one a layer)."""
@@ -22,7 +26,8 @@ class CutRecipe(Recipe):
 
     def objective(self, method: str) -> TrainingRule:
         end_to_end = method == "bp"  # which has nothing to cut
-        return make_rule(method, **({} if self.cuts is None or end_to_end else {"blocks": self.cuts}))
+        cuts = {} if self.cuts is None or end_to_end else {"blocks": self.cuts}
+        return make_rule(method, **cuts, **self.suited.get(method, {}))
 
 
 @dataclass(frozen=True, kw_only=True)

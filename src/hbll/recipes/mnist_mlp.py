@@ -19,6 +19,7 @@ class MnistMlp(TreeRecipe):
 
     name: ClassVar[str] = "mnist-mlp"
     threads: ClassVar[int | None] = 1
+    suited: ClassVar = {"bll": {"family": "bernoulli"}}  # sigmoids are means of Bernoulli variables
 
     width: int = 100
     """Units of every state."""
