@@ -139,6 +139,14 @@ def test_its_weights_are_restored(name):
     assert all(a.equal(b) for a, b in zip(*losses, strict=True))
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_it_can_be_prepared_for_another_network(name):
+    network, x, y = mlp(), torch.randn(10, 12, dtype=torch.float64), torch.randint(3, (10,))
+    rule = prepared(name, convolutional(), torch.randn(2, 2, 16, 16, dtype=torch.float64))
+    step = rule.prepare(network, x)(network, x, y)
+    assert len(step.losses) == 3
+
+
 # Direct feedback alignment
 
 
@@ -150,7 +158,7 @@ def test_feedback_through_the_true_jacobian_is_backpropagation():
     after = torch.eye(4, dtype=torch.float64)
     for k in (3, 2, 1):  # d logits / d output of block k is the product of the weights after it
         after = after @ network[k].weight.detach()
-        getattr(rule, f"feedback_{k}").copy_(after)
+        rule.feedback.get_buffer(str(k)).copy_(after)
     parameters = list(network.parameters())
     exact = gradients(F.cross_entropy(network(x), y), parameters)
     for ours, theirs in zip(gradients(rule(network, x, y).loss, parameters), exact, strict=True):
@@ -162,7 +170,7 @@ def test_the_feedback_is_fixed_random_and_of_the_papers_size():
     rule = prepared("dfa", network, x)
     assert not list(rule.parameters())
     for k, units in enumerate([8, 6, 6], 1):
-        feedback = getattr(rule, f"feedback_{k}")
+        feedback = rule.feedback.get_buffer(str(k))
         assert feedback.shape == (3, units)
         assert feedback.abs().max() <= units**-0.5
 

@@ -21,9 +21,11 @@ class DirectFeedbackAlignment(LocalRule):
     """
 
     def build(self, shapes: Sequence[torch.Size], classes: int) -> None:
+        self.feedback = nn.Module()
         for k, shape in enumerate(shapes, 1):
             units = math.prod(shape)
-            self.register_buffer(f"feedback_{k}", torch.empty(classes, units).uniform_(-1, 1) / math.sqrt(units))
+            matrix = torch.empty(classes, units).uniform_(-1, 1) / math.sqrt(units)
+            self.feedback.register_buffer(str(k), matrix)
 
     def step(self, blocks: Blocks, x: Tensor, y: Tensor) -> LocalStep:
         outputs = detached_pass(blocks.segments, x)
@@ -32,7 +34,7 @@ class DirectFeedbackAlignment(LocalRule):
         (error,) = torch.autograd.grad(head_loss, logits, retain_graph=True)
         losses = [
             attach_gradients(head_loss.new_zeros(()), [output], [(error @ feedback).view_as(output)])
-            for output, feedback in zip(outputs, self.buffers(), strict=True)
+            for output, feedback in zip(outputs, self.feedback.buffers(), strict=True)
         ]
         losses[-1] = losses[-1] + head_loss
         forward = sum(segment.cost for segment in blocks.segments)

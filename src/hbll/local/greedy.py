@@ -29,10 +29,9 @@ class DecoupledGreedy(LocalRule):
         if hidden < 0:
             raise ValueError(f"hidden layers must be at least 0, not {hidden}")
         self.hidden = hidden
-        self.networks = nn.ModuleList()
 
     def build(self, shapes: Sequence[torch.Size], classes: int) -> None:
-        self.networks.extend(auxiliary_network(shape, classes, self.hidden) for shape in shapes[:-1])
+        self.networks = nn.ModuleList(auxiliary_network(shape, classes, self.hidden) for shape in shapes[:-1])
 
     def step(self, blocks: Blocks, x: Tensor, y: Tensor) -> LocalStep:
         outputs = detached_pass(blocks.segments, x)

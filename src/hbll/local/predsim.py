@@ -58,13 +58,11 @@ class PredSim(LocalRule):
             raise ValueError(f"beta is a share, from 0 to 1; got {beta}")
         self.beta = beta
         self.pooled = pooled
-        self.matchers = nn.ModuleList()
-        self.predictors = nn.ModuleList()
 
     def build(self, shapes: Sequence[torch.Size], classes: int) -> None:
         self.classes = classes
-        self.matchers.extend(matcher(shape) for shape in shapes)
-        self.predictors.extend(predictor(shape, classes, self.pooled) for shape in shapes)
+        self.matchers = nn.ModuleList(matcher(shape) for shape in shapes)
+        self.predictors = nn.ModuleList(predictor(shape, classes, self.pooled) for shape in shapes)
 
     def step(self, blocks: Blocks, x: Tensor, y: Tensor) -> LocalStep:
         outputs = detached_pass(blocks.segments, x)
