@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hbll.local.rule import Blocks, LocalRule, LocalStep, detached_pass
 from hbll.losses import mean_loss
