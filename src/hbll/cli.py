@@ -5,7 +5,6 @@ imported when it runs, so that `hbll --help` answers at once. Results go to stdo
 """
 
 import contextlib
-import difflib
 import io
 import json
 import re
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
+
+from hbll.names import check_known
 
 if TYPE_CHECKING:
     from hbll.recipes import Recipe
@@ -168,7 +169,7 @@ def sublinear(arguments: Sequence[str]) -> None:
         return
     if not arguments:
         raise ValueError(f"hbll sublinear needs an action first: {', '.join(actions)}")
-    options, run = actions[_known(arguments[0], actions, "action")]
+    options, run = actions[check_known(arguments[0], actions, "action")]
     chosen = _parse(options, arguments[1:], f"hbll sublinear {arguments[0]}")
     try:
         run(chosen)
@@ -201,7 +202,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_usage("hbll COMMAND", [f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items()])
         return
-    COMMANDS[_known(arguments[0], COMMANDS, "command")](arguments[1:])
+    COMMANDS[check_known(arguments[0], COMMANDS, "command")](arguments[1:])
 
 
 def _print_usage(usage: str, rows: Iterable[str]) -> None:
@@ -220,7 +221,7 @@ def _recipe_options(
         sys.exit(0)
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(f"hbll {command} needs the name of a recipe first: {', '.join(RECIPES)}")
-    recipe = RECIPES[_known(arguments[0], RECIPES, "recipe")]
+    recipe = RECIPES[check_known(arguments[0], RECIPES, "recipe")]
     prog = f"hbll {command} {recipe.name}"
     options = _parse(kind[recipe], arguments[1:], prog)
     if options.resume:
@@ -253,7 +254,7 @@ def _parse(options: Any, arguments: Sequence[str], prog: str, default: Any = Non
         raise
     for word in unknown:
         if word.startswith("-"):
-            _known(word.split("=")[0], _flags(parsed), "option")
+            check_known(word.split("=")[0], _flags(parsed), "option")
     if unknown:
         raise ValueError(f"{prog} does not know what to do with {' '.join(unknown)}")
     return parsed
@@ -265,16 +266,6 @@ def _flags(options: Any) -> list[str]:
         value = getattr(options, field.name)
         flags += _flags(value) if is_dataclass(value) else ["--" + field.name.replace("_", "-")]
     return flags
-
-
-def _known(word: str, words: Iterable[str], what: str) -> str:
-    """`word` when it is one of `words`; ValueError suggesting the nearest when not."""
-    words = list(words)
-    if word in words:
-        return word
-    near = difflib.get_close_matches(word, words, 1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(words)}"
-    raise ValueError(f"unknown {what} {word}; {hint}")
 
 
 def _sentence(box: str) -> str:
