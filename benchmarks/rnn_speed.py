@@ -1,7 +1,8 @@
 """Seconds per training step of a GRU against the length of the sequence: both local rules beside three exact baselines.
 
-    python benchmarks/rnn_speed.py --out benchmarks/results/rnn_speed --minutes 8       # GPU: bf16, with CUDA graphs
-    python benchmarks/rnn_speed.py --widths 64 --depths 1 2 3 4 5 6 --minutes 3         # CPU: float32
+    python benchmarks/rnn_speed.py --out OUT --minutes 8                    # GPU: bf16, with CUDA graphs
+    python benchmarks/rnn_speed.py --out OUT --widths 128 --minutes 8       # CPU: float32, one thread
+    python benchmarks/rnn_speed.py --out OUT --predict                      # measures nothing: the cost model's curves
 
 paper    tree over time and 4 consistency sweeps            bptt   backpropagation, one unfused cell call per time step
 scan     chunks and a coarse step, ScanRule.suggested       gru    backpropagation through nn.GRU (cuDNN's on a GPU)
@@ -9,24 +10,33 @@ scan     chunks and a coarse step, ScanRule.suggested       gru    backpropagati
 A step is the rule, its backward pass and fresh gradients, without the optimizer. Sequences are MNIST's shape: 2^D chunks of
 ceil(784 / 2^D) pixels. On a GPU every method is timed as PyTorch runs it (eager) and replayed as one CUDA graph; DEER's
 graph holds as many iterations as it needed before. With --compile the cell's unit-wise functions go through torch.compile,
-for every method that calls the cell. The best round of several counts. Peak memory is what a step holds beyond weights and
-input. Results are written after every row; rows come in an order that makes an interrupted table useful.
+for every method that calls the cell. The best round of several counts; on a CPU processor time does, so that what else
+runs there does not. Peak memory is what a step holds beyond weights and input. Results are written after every row; rows
+come in an order that makes an interrupted table useful.
+
+The cost model is ``hbll.recurrent.cost``: a latency for every evaluation of the span, and all operations at one throughput.
+Its constants are assumptions, given as options. It says what a machine with these constants would do; it is no measurement.
 """
 
 import argparse
 import json
 import math
+import platform
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from hbll.recurrent import GRU, Backpropagation, DepthCells, Newton, PaperRule, RecurrentNetwork, ScanRule
+from hbll.recurrent.cost import Machine, backpropagation_cost, paper_cost, scan_cost
 from hbll.recurrent.step import RecurrentStep
 
 METHODS = ["bptt", "gru", "deer", "paper", "scan"]
+MODES = {"graph": "-", "eager": ":", "predicted": "--"}
+"""How a row's seconds came about, and the line that shows them."""
 
 
 class Subject:
@@ -57,12 +67,15 @@ class Subject:
             self.rule = Backpropagation()
         self.taken: RecurrentStep | None = None
 
+    def clear(self) -> None:
+        """Drops all gradients, and what the last step returned."""
+        self.taken = None
+        for module in (self.network, self.gru if self.method == "gru" else self.rule):
+            module.zero_grad()
+
     def step(self) -> None:
         """Fresh gradients of one batch."""
-        modules = [self.network, self.gru if self.method == "gru" else self.rule]
-        for module in modules:
-            for parameter in module.parameters():
-                parameter.grad = None
+        self.clear()
         if self.method == "gru":
             hidden, _ = self.gru(self.x)
             nn.functional.cross_entropy(self.network.head(hidden[:, -1]), self.y).backward()
@@ -91,52 +104,64 @@ def graphed(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def seconds(step: Callable[[], None], synchronize: Callable[[], None], limit: float) -> float:
+def seconds(step: Callable[[], None], cuda: bool, limit: float) -> float:
     """The best round's mean time, within about ``limit`` seconds."""
+    clock, synchronize = (time.perf_counter, torch.cuda.synchronize) if cuda else (time.process_time, lambda: None)
     step()
     synchronize()
-    began = time.perf_counter()
+    began = clock()
     step()
     synchronize()
-    once = time.perf_counter() - began
+    once = clock() - began
     repeats = max(1, int(limit / 4 / once))
     best = once
     for _ in range(3 if once < limit else 0):
-        began = time.perf_counter()
+        began = clock()
         for _ in range(repeats):
             step()
         synchronize()
-        best = min(best, (time.perf_counter() - began) / repeats)
+        best = min(best, (clock() - began) / repeats)
     return best
+
+
+def peak_on_cuda(step: Callable[[], None]) -> int:
+    """Bytes that a step holds at most."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_on_cpu(step: Callable[[], None]) -> int:
+    """Bytes that a step holds at most: the highest sum of the allocator's events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def measure(method: str, depth: int, width: int, options: argparse.Namespace) -> dict:
     """A row of the table; ``error`` in it where the method cannot run."""
     row = {"method": method, "depth": depth, "width": width, "dtype": str(options.dtype).removeprefix("torch.")}
     cuda = options.device == "cuda"
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
     needed = 2**depth * options.batch * width**2 * (2 if options.dtype == torch.bfloat16 else 4) * 5
     if method == "deer" and needed > options.deer_gib * 2**30:
         return row | {"error": f"needs {needed / 2**30:.0f} GiB for a Jacobian of every step and sample"}
     try:
         subject = Subject(method, depth, width, options)
         subject.step()
-        if cuda:
-            synchronize()
-            for module in (subject.network, getattr(subject, "rule", subject.network)):
-                module.zero_grad()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            subject.step()
-            synchronize()
-            row["memory"] = torch.cuda.max_memory_allocated() - before
-        row["eager"] = seconds(subject.step, synchronize, options.limit)
+        subject.clear()
+        row["memory"] = (peak_on_cuda if cuda else peak_on_cpu)(subject.step)
+        row["eager"] = seconds(subject.step, cuda, options.limit)
         row["work"], row["span"], row["sweeps"] = subject.counted()
         if cuda:
             if method == "deer":
                 assert subject.taken is not None
                 subject.rule = Newton(iterations=subject.taken.sweeps)
-            row["graph"] = seconds(graphed(subject.step), synchronize, options.limit)
+            row["graph"] = seconds(graphed(subject.step), cuda, options.limit)
     except torch.OutOfMemoryError:
         row["error"] = "out of memory"
     except RuntimeError as error:  # a capture that fails must not cost the rows that follow
@@ -144,76 +169,89 @@ def measure(method: str, depth: int, width: int, options: argparse.Namespace) ->
     return row
 
 
+def predicted(method: str, depth: int, width: int, options: argparse.Namespace) -> dict:
+    """A row of what the cost model says."""
+    length, machine = 2**depth, Machine(options.latency, options.throughput)
+    if method == "scan":
+        chosen = {**ScanRule.suggested(length), **options.scan}
+        tree = chosen.pop("guess") == "tree"
+        cost = scan_cost(length, **chosen, tree=tree)
+    else:
+        cost = paper_cost(length, sweeps=4) if method == "paper" else backpropagation_cost(length)
+    if method == "gru":
+        machine = Machine(options.fused_latency, options.throughput)
+    time = machine.seconds(cost, options.batch, width, GRU.gates)
+    return {"method": method, "depth": depth, "width": width, "predicted": time, "work": cost.work, "span": cost.span}
+
+
 def best(row: dict) -> float:
-    return min(row.get("eager", math.inf), row.get("graph", math.inf))
+    return min(row.get(mode, math.inf) for mode in MODES)
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: milliseconds, and how many times faster than unfused BPTT (eager, as in the paper) and than nn.GRU."""
     found = {(row["width"], row["depth"], row["method"]): row for row in rows}
-    text = [
-        "| width | N | method | eager ms | graph ms | x bptt eager | x bptt | x gru | span | work | sweeps | peak MiB | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (width, depth, method), row in sorted(found.items(), key=lambda item: (item[0][0], item[0][1])):
+    modes = [mode for mode in MODES if any(mode in row for row in rows)]
+    columns = ["width", "N", "method", *(f"{mode} ms" for mode in modes), "x bptt eager", "x bptt", "x gru"]
+    columns += ["span", "work", "sweeps", "peak MiB", ""]
+    text = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for (width, depth, method), row in sorted(found.items(), key=lambda item: item[0][:2]):
         bptt, gru = found.get((width, depth, "bptt"), {}), found.get((width, depth, "gru"), {})
-
-        def milliseconds(mode: str, row: dict = row) -> str:
-            return f"{1000 * row[mode]:.2f}" if mode in row else "-"
-
-        def ratio(value: float, row: dict = row) -> str:
-            return f"{value / best(row):.2f}" if math.isfinite(value) and math.isfinite(best(row)) else "-"
-
-        memory = f"{row['memory'] / 2**20:.0f}" if "memory" in row else "-"
-        text.append(
-            f"| {width} | {2**depth} | {method} | {milliseconds('eager')} | {milliseconds('graph')} | "
-            f"{ratio(bptt.get('eager', math.inf))} | {ratio(best(bptt))} | {ratio(best(gru))} | {row.get('span') or '-'} | "
-            f"{row.get('work') or '-'} | {row.get('sweeps') or '-'} | {memory} | {row.get('error', '')} |"
-        )
+        rivals = bptt.get("eager", math.inf), best(bptt), best(gru)
+        cells = [width, 2**depth, method, *(f"{1000 * row[mode]:.2f}" if mode in row else "-" for mode in modes)]
+        cells += [f"{rival / best(row):.2f}" if rival < math.inf > best(row) else "-" for rival in rivals]
+        cells += [row.get(key) or "-" for key in ("span", "work", "sweeps")]
+        cells += [f"{row['memory'] / 2**20:.0f}" if "memory" in row else "-", row.get("error", "")]
+        text.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(text) + "\n"
 
 
+def crossings(rows: list[dict]) -> str:
+    """A sentence per width: from which of the lengths on the scan is faster."""
+    found = {(row["width"], row["depth"], row["method"]): row["predicted"] for row in rows}
+    lines = []
+    for width in sorted({row["width"] for row in rows}):
+        depths = sorted({row["depth"] for row in rows})
+        for rival in ("bptt", "gru"):
+            slower = [d for d in depths if found[width, d, "scan"] >= found[width, d, rival]]
+            after = [d for d in depths if d > max(slower, default=-1)]
+            lines.append(
+                f"Width {width}: faster than {rival} " + (f"from N = {2 ** after[0]} on." if after else "nowhere.")
+            )
+    return "\n".join(lines) + "\n"
+
+
 def plot(rows: list[dict], file: Path) -> None:
-    """Speed over unfused BPTT against length, a panel per width."""
+    """Seconds, and speed over unfused BPTT (eager, or both predicted), against length; a column of panels per width."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    widths = sorted({row["width"] for row in rows})
-    figure, axes = plt.subplots(2, len(widths), figsize=(5 * len(widths), 7), squeeze=False, layout="constrained")
-    for width, (above, below) in zip(widths, axes.T, strict=True):
-        base = {
-            row["depth"]: row["eager"]
-            for row in rows
-            if row["width"] == width and row["method"] == "bptt" and "eager" in row
-        }
-        for method in METHODS:
-            mine = sorted((r for r in rows if r["width"] == width and r["method"] == method), key=lambda r: r["depth"])
-            for mode, style in (("graph", "-"), ("eager", ":")):
-                points = [(2 ** r["depth"], r[mode], base.get(r["depth"])) for r in mine if mode in r]
+    columns = sorted({("predicted" in row, row["width"]) for row in rows})
+    figure, axes = plt.subplots(2, len(columns), figsize=(3.6 * len(columns), 6), squeeze=False, layout="constrained")
+    for (prediction, width), (above, below) in zip(columns, axes.T, strict=True):
+        here = [row for row in rows if ("predicted" in row, row["width"]) == (prediction, width)]
+        against = "predicted" if prediction else "eager"
+        base = {row["depth"]: row[against] for row in here if row["method"] == "bptt" and against in row}
+        for number, method in enumerate(METHODS):
+            for mode, style in MODES.items():
+                points = sorted((r["depth"], r[mode]) for r in here if r["method"] == method and mode in r)
+                line = {"color": f"C{number}", "linestyle": style, "marker": "o", "ms": 3}
                 if points:
-                    colour, label = f"C{METHODS.index(method)}", f"{method}, {mode}"
                     above.plot(
-                        [p[0] for p in points],
-                        [1000 * p[1] for p in points],
-                        style,
-                        marker="o",
-                        ms=3,
-                        color=colour,
-                        label=label,
+                        [2**d for d, _ in points], [1000 * t for _, t in points], label=f"{method}, {mode}", **line
                     )
-                    shown = [p for p in points if p[2]]
-                    below.plot(
-                        [p[0] for p in shown], [p[2] / p[1] for p in shown], style, marker="o", ms=3, color=colour
-                    )
-        above.set(title=f"GRU, width {width}", ylabel="ms per training step", xscale="log", yscale="log")
-        below.set(xlabel="N, time steps", ylabel="times faster than unfused BPTT, eager", xscale="log", yscale="log")
+                    shown = [(2**d, base[d] / t) for d, t in points if d in base]
+                    below.plot([n for n, _ in shown], [ratio for _, ratio in shown], **line)
+        title = f"width {width}, " + ("a prediction" if prediction else "measured")
+        above.set(title=title, ylabel="ms per training step", yscale="log")
+        below.set(xlabel="N, time steps", ylabel=f"times faster than unfused BPTT, {against}", yscale="log")
         below.axhline(1, color="grey", lw=0.8)
         for panel in (above, below):
             panel.set_xscale("log", base=2)
-    axes[0, 0].legend(fontsize=7)
-    figure.savefig(file, dpi=120)
+        above.legend(fontsize=6)
+    figure.savefig(file, dpi=80)
     plt.close(figure)
 
 
@@ -237,11 +275,43 @@ def main() -> None:
         "--scan", type=json.loads, default={}, help="options of ScanRule instead of the suggested, as JSON"
     )
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--predict", action="store_true", help="the cost model instead of a measurement")
+    parser.add_argument("--latency", type=float, default=20e-6, help="seconds of a dependent evaluation, unfused")
+    parser.add_argument("--fused-latency", type=float, default=6e-6, help="the same inside of a fused nn.GRU")
+    parser.add_argument("--throughput", type=float, default=3e14, help="floating-point operations a second")
+    parser.add_argument("--plot", nargs="+", type=Path, help="only plot the rows of these rows.json together")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.plot:
+        plot([row for file in options.plot for row in json.loads(file.read_text())["rows"]], options.out / "speed.png")
+        return
+    header, rows = predict(options) if options.predict else measure_all(options)
+    text = f"{header}\n\n{table(rows)}"
+    if options.predict:
+        text += f"\n{crossings(rows)}"
+    (options.out / "rows.json").write_text(json.dumps({"machine": header, "rows": rows}, indent=1) + "\n")
+    (options.out / "table.md").write_text(text)
+    plot(rows, options.out / "speed.png")
+    print(text)
+
+
+def predict(options: argparse.Namespace) -> tuple[str, list[dict]]:
+    """What was assumed, and all rows."""
+    header = (
+        f"A prediction for a machine of {1e6 * options.latency:g} µs a dependent evaluation, "
+        f"{1e6 * options.fused_latency:g} µs in a fused GRU, {options.throughput / 1e12:g} TFLOP/s; batch {options.batch}"
+    )
+    methods = [method for method in options.methods if method != "deer"]  # its products are of every sample's own
+    places = [(width, depth) for width in sorted(options.widths) for depth in sorted(options.depths)]
+    return header, [predicted(method, depth, width, options) for width, depth in places for method in methods]
+
+
+def measure_all(options: argparse.Namespace) -> tuple[str, list[dict]]:
+    """The machine, and the rows that the time was enough for."""
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    options.out.mkdir(parents=True, exist_ok=True)
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    torch.set_num_threads(1)
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU, one thread"
     header = (
         f"{machine}, torch {torch.__version__}, {options.dtype}, batch {options.batch}, {time.strftime('%Y-%m-%d')}"
     )
@@ -259,10 +329,7 @@ def main() -> None:
                 (options.out / "rows.json").write_text(json.dumps({"machine": header, "rows": rows}, indent=1) + "\n")
     except (KeyboardInterrupt, TimeoutError):
         print("stopped; the table has what is done")
-    text = f"{header}\n\n{table(rows)}"
-    (options.out / "table.md").write_text(text)
-    plot(rows, options.out / "speed.png")
-    print(text)
+    return header, rows
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from torch import nn
 
 from hbll.recurrent import CELLS, GRU, DepthCells, RecurrentNetwork, SharedCell
 from hbll.recurrent.network import resolve
+from hbll.recurrent.tree_states import tree_states
 from hbll.tree import Tree
 
 INPUTS, WIDTH, CLASSES, BATCH = 2, 5, 3, 4  # those of `problem`
@@ -38,6 +39,16 @@ def test_streaming_in_pieces_is_the_chain(problem):
         pieces.append(hidden)
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     torch.testing.assert_close(state, last)
+
+
+def test_streams_of_unequal_length_keep_their_state_over_padding(problem):
+    network, x, _ = problem(6)
+    hidden, last = network.unroll(x, lengths=torch.tensor([6, 2, 6, 2]))
+    for sequence, begin in ((0, 0), (1, 4)):
+        alone, end = network.unroll(x[sequence : sequence + 1, begin:])
+        torch.testing.assert_close(hidden[sequence, begin:], alone[0])
+        torch.testing.assert_close(last[sequence], end[0])
+        assert (hidden[sequence, :begin] == 0).all()
 
 
 @pytest.mark.parametrize("length", [5, 8])
@@ -126,6 +137,33 @@ def test_no_state_sees_the_future(problem, length):
                 assert set((reach != 0).any(0).any(-1).nonzero().flatten().tolist()) == set(range(a, b))
 
 
+@pytest.mark.parametrize("kind", [DepthCells, SharedCell])
+@pytest.mark.parametrize("length", [5, 8])
+def test_another_input_leaves_every_state_before_it_as_it_was(cell_name, kind, length):
+    options = {"depths": 3} if kind is DepthCells else {}
+    cells = kind(CELLS[cell_name], INPUTS, WIDTH, **options)
+    network = RecurrentNetwork(cells, nn.Linear(WIDTH, CLASSES))
+
+    def states(x):
+        """By path and time: of the chain, of every path through the tree, and of the tree itself."""
+        found = {("chain", t + 1): state for t, state in enumerate(network.unroll(x)[0].unbind(1))}
+        found |= {("tree", t + 1): state for t, state in enumerate(tree_states(cells, x.transpose(0, 1)))}
+        for path in Tree(length).paths():
+            state = cells.chain.initial(BATCH)
+            for a, b in pairwise((0, *path)):
+                state = cells(x.transpose(0, 1), [(a, b)], state[None])[0]
+                found[path, b] = state
+        return found
+
+    x = torch.randn(BATCH, length, INPUTS)
+    before = states(x)
+    for t in range(length):
+        other = x.clone()
+        other[:, t] += 1.0
+        for (path, time), state in states(other).items():
+            assert state.equal(before[path, time]) == (time <= t)
+
+
 class TestBadInput:
     def test_sequences(self):
         network = RecurrentNetwork(DepthCells(GRU, 2, 3, 2), nn.Linear(3, 2))
@@ -135,6 +173,12 @@ class TestBadInput:
             network(torch.zeros(4, 5, 3))
         with pytest.raises(ValueError, match="not a number"):
             network(torch.full((4, 5, 2), torch.nan))
+
+    def test_states(self):
+        network = RecurrentNetwork(DepthCells(GRU, 2, 3, 2), nn.Linear(3, 2))
+        for state in (torch.zeros(4, 2), torch.zeros(1, 3)):
+            with pytest.raises(ValueError, match=r"4 sequences go on from states \(4, 3\)"):
+                network.unroll(torch.zeros(4, 5, 2), state)
 
     def test_lengths(self):
         network = RecurrentNetwork(DepthCells(GRU, 2, 3, 2), nn.Linear(3, 2))

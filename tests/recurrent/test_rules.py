@@ -39,11 +39,11 @@ def assert_exact(rule, network, x, y, lengths=None):
 
 @pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize(("lengths", "chunk"), [(None, 3), (None, 1), (None, 11), (LENGTHS, 4)])
-@pytest.mark.parametrize("guess", ["zero", "tree"])
-def test_scan_with_all_its_sweeps_is_backpropagation(problem, every_step, lengths, chunk, guess):
+@pytest.mark.parametrize(("guess", "shared"), [("zero", False), ("zero", True), ("tree", False)])
+def test_scan_with_all_its_sweeps_is_backpropagation(problem, every_step, lengths, chunk, guess, shared):
     network, x, y = problem(11, every_step)
     chunks = -(-11 // chunk)
-    rule = ScanRule(network, 11, chunk=chunk, sweeps=chunks, credit_sweeps=chunks - 1, guess=guess)
+    rule = ScanRule(network, 11, chunk=chunk, sweeps=chunks, credit_sweeps=chunks - 1, guess=guess, shared=shared)
     for _ in range(2):  # without and with a coarse step: its slopes are those of the step before
         assert_exact(rule, network, x, y, lengths)
 
@@ -57,7 +57,8 @@ def test_scan_is_exact_for_inputs_with_a_graph(problem):
     )
 
 
-def test_one_correction_is_enough_where_all_samples_have_the_same_linear_steps():
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_correction_is_enough_where_all_samples_have_the_same_linear_steps(shared):
     # Gates pushed far to one side make u, r constant; small inputs and weights keep tanh linear: the batch-mean
     # Jacobian is then each sample's own.
     network = RecurrentNetwork(DepthCells(GRU, INPUTS, WIDTH, 3), nn.Linear(WIDTH, CLASSES))
@@ -68,7 +69,7 @@ def test_one_correction_is_enough_where_all_samples_have_the_same_linear_steps()
         cell.weight_ih[: 2 * WIDTH] = 0
         cell.weight_hh[: 2 * WIDTH] = 0
     x, y = 1e-5 * torch.randn(BATCH, 8, INPUTS), torch.randint(CLASSES, (BATCH,))
-    rule = ScanRule(network, 8, chunk=2, sweeps=2, credit_sweeps=0)
+    rule = ScanRule(network, 8, chunk=2, sweeps=2, credit_sweeps=0, shared=shared)
     rule(network, x, y)
     exact = chain_gradients(Backpropagation()(network, x, y), network)
     for found, expected in zip(chain_gradients(rule(network, x, y), network), exact, strict=True):

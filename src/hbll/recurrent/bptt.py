@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hbll.losses import Loss, cross_entropy, mean_loss
+from hbll.recurrent.cost import backpropagation_cost
 from hbll.recurrent.network import RecurrentNetwork
 from hbll.recurrent.step import RecurrentRule, RecurrentStep
 
@@ -52,4 +53,5 @@ class FusedBackpropagation(RecurrentRule):
 def exact_step(network: RecurrentNetwork, hidden: Tensor, y: Tensor, length: int, loss: Loss) -> RecurrentStep:
     """The step of hidden states that carry the graph of the whole chain."""
     value = mean_loss(loss, network.head(hidden), y)
-    return RecurrentStep(value, 3 * length, 2 * length, {length: value.detach()})
+    cost = backpropagation_cost(length)
+    return RecurrentStep(value, cost.work, cost.span, {length: value.detach()})

@@ -21,7 +21,7 @@ def make_rule(method: str, network: RecurrentNetwork, length: int) -> RecurrentR
     """
     match method:
         case "hbll":
-            return ScanRule(network, length, **ScanRule.suggested(length))
+            return ScanRule(network, length, **ScanRule.suggested(length, network.cell.parts))
         case "paper":
             # The paper's choice: sweeps destabilise the Elman cell.
             return PaperRule(sweeps=4 if network.cell.gates > 1 else 0)

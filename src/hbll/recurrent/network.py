@@ -124,10 +124,16 @@ class RecurrentNetwork(nn.Module):
 
         Returns:
             The hidden states after every step (B, N, H), and the state after the last one (B, S H).
+
+        Raises:
+            ValueError: sequences, lengths or a state of a wrong shape.
         """
         x = self.embed(x)
         check_sequences(self, x)
-        return self._unroll(x, self.cell.initial(len(x)) if state is None else state, lengths)
+        initial = self.cell.initial(len(x))
+        if state is not None and state.shape != initial.shape:
+            raise ValueError(f"{len(x)} sequences go on from states {tuple(initial.shape)}; got {tuple(state.shape)}")
+        return self._unroll(x, initial if state is None else state, lengths)
 
     def _unroll(self, x: Tensor, state: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         cell = self.cell

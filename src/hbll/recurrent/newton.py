@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hbll import scan
 from hbll.losses import Loss, cross_entropy
+from hbll.recurrent.cost import newton_cost
 from hbll.recurrent.network import RecurrentNetwork
 from hbll.recurrent.step import RecurrentRule, RecurrentStep, head_credit, local_update
 
@@ -59,10 +60,8 @@ class Newton(RecurrentRule):
             reverse = torch.cat([jacobians[:1], jacobians[1:].flip(0)]).mT
             credit = solve(reverse, own.flip(0)).flip(0)
         loss = local_update(network, driven, before, slopes, credit, label)
-        levels = 2 * scan.levels(length)
-        work, span = length * (iteration + 2), iteration * (1 + levels) + levels + 1
-        defect = scan.defect(states[:-1], before)
-        return RecurrentStep(loss, work, span, {length: label.loss}, defect, iteration)
+        cost, defect = newton_cost(length, iteration), scan.defect(states[:-1], before)
+        return RecurrentStep(loss, cost.work, cost.span, {length: label.loss}, defect, iteration)
 
 
 def solve(matrices: Tensor, values: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hbll import scan
 from hbll.inversion import taylor
 from hbll.losses import Loss, cross_entropy, mean_losses
 from hbll.recurrent.arcs import Arc
 from hbll.recurrent.chunks import unroll
+from hbll.recurrent.cost import paper_cost
 from hbll.recurrent.network import RecurrentNetwork, padded_start, tree_of
 from hbll.recurrent.step import RecurrentRule, RecurrentStep
 from hbll.trace import attach_gradients, wide
@@ -87,7 +87,8 @@ class PaperRule(RecurrentRule):
             errors.update(zip(level, error.detach().unbind(0), strict=True))
         if self.sweeps:
             losses.append(self._inconsistency(network, x, torch.stack([states[n] for n in range(length)]), present))
-        return RecurrentStep(torch.stack(losses).sum(), *self._cost(length), errors)
+        cost = paper_cost(length, self.sweeps)
+        return RecurrentStep(torch.stack(losses).sum(), cost.work, cost.span, errors)
 
     def _trained(self, network: RecurrentNetwork, right: list[Arc]) -> list[nn.Parameter]:
         cells = {network.cells.cell(arc) for arc in right}
@@ -135,8 +136,3 @@ class PaperRule(RecurrentRule):
                 swept = torch.cat([states[:1], unroll(cell, driven[None], held, swept)[:-1]])
         new = unroll(cell, driven[None], held, swept)
         return (wide(new) - wide(states[1:])).square().sum(-1).mean(1).sum()
-
-    def _cost(self, length: int) -> tuple[int, int]:
-        """See ``RecurrentStep``: prior, right arc, its two products and the prior's one; 3 of span a level."""
-        work = 5 * (length - 1) + (self.sweeps + 1) * (length - 1) * (self.sweeps > 0)
-        return work, 3 * scan.levels(length) + 1 + self.sweeps

@@ -20,6 +20,7 @@ from hbll.losses import Loss, cross_entropy
 from hbll.models.cells import Cell, Slopes
 from hbll.recurrent.arcs import ArcCells, DepthCells
 from hbll.recurrent.chunks import chunked, coarse_step, pull, unchunked, unroll, unroll_recorded
+from hbll.recurrent.cost import scan_cost
 from hbll.recurrent.network import RecurrentNetwork
 from hbll.recurrent.step import RecurrentRule, RecurrentStep, head_credit, local_update
 from hbll.recurrent.tree_states import tree_states
@@ -39,6 +40,8 @@ class ScanRule(RecurrentRule):
         credit_sweeps: Kc, corrections of the credit.
         guess: what the starts are at first: ``zero``, or what a *predictor tree* over the M chunks says, whose cells are
             this module's parameters and learn from the corrected starts.
+        shared: one coarse step for all chunks, of the mean over all steps, instead of one for each: log2 N products of
+            matrices a training step and not M log2 N, which tells where units are many (512 and more).
         adapt: a defect above which the next step makes a sweep more, and below a third of which one less, but never
             fewer than ``sweeps`` or more than M; reading it waits for the device. None keeps K.
         loss: the label's loss.
@@ -60,6 +63,7 @@ class ScanRule(RecurrentRule):
         sweeps: int = 3,
         credit_sweeps: int = 1,
         guess: str = "zero",
+        shared: bool = False,
         adapt: float | None = None,
         loss: Loss = cross_entropy,
     ) -> None:
@@ -82,17 +86,21 @@ class ScanRule(RecurrentRule):
         if guess == "tree" and self.chunks > 1:
             levels = scan.levels(self.chunks)
             self.predictor = DepthCells(type(cell), self.chunk * cell.inputs, cell.width, levels).to(cell.weight_hh)
-        # Means over batch and chunk of the last training step's slopes; 0 before the first one, so that P = 0.
-        shape = (self.chunks, cell.parts)
+        # Means of the last training step's slopes; 0 before the first one, so that P = 0.
+        self.shared = shared
+        shape = (1 if shared else self.chunks, cell.parts)
         self.register_buffer("direct", cell.weight_hh.new_zeros(*shape, cell.parts, cell.width))
         self.register_buffer("gated", cell.weight_hh.new_zeros(*shape, cell.gates, cell.width))
         self.register_buffer("current", torch.tensor(sweeps))
 
     @staticmethod
-    def suggested(length: int) -> dict[str, Any]:
-        """Options that do well at a length: G grows with its square root, so that chunks and levels balance."""
+    def suggested(length: int, parts: int = 1) -> dict[str, Any]:
+        """Options that do well at a length: G grows with its square root, so that chunks and levels balance.
+
+        parts: those of the cell's state; an LSTM's credit, which goes back through two, needs two corrections.
+        """
         chunk = 2 ** max(0, (length - 1).bit_length() // 2 - 1)
-        return {"chunk": chunk, "sweeps": min(3, -(-length // chunk)), "credit_sweeps": 1, "guess": "tree"}
+        return {"chunk": chunk, "sweeps": min(3, -(-length // chunk)), "credit_sweeps": parts, "guess": "tree"}
 
     def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
         if len(x) != self.length:
@@ -103,7 +111,7 @@ class ScanRule(RecurrentRule):
         driven = cell.project(x)
         guess = self._guess(cell, x.detach())
         with torch.no_grad():
-            coarse = coarse_step(Slopes(self.direct, self.gated, self.gated), cell.weight_hh, self.chunk)
+            coarse = coarse_step(Slopes(self.direct, self.gated, self.gated), cell.weight_hh, self.chunk, self.chunks)
             starts = torch.cat([cell.initial(x.shape[2]).unsqueeze(0), guess.detach()])
             sweeps = self.sweeps if self.adapt is None else int(self.current)
             for _ in range(sweeps - 1):
@@ -115,6 +123,8 @@ class ScanRule(RecurrentRule):
             slopes = cell.slopes(driven, recurrent, before)
             if present is not None:
                 slopes = slopes.held(present.to(before.dtype))
+            if self.training:
+                self._remember(slopes, defect)
             if network.every_step:
                 after = torch.cat([before[1:], outs.unsqueeze(0)])
                 label = head_credit(network, self.loss, cell.hidden(unchunked(after, self.length)), y)
@@ -123,12 +133,19 @@ class ScanRule(RecurrentRule):
                 label = head_credit(network, self.loss, cell.hidden(outs[-1]), y)
                 own, last = None, cell.widen(label.credit)
             credit = self._credit(cell, slopes, coarse, last, own)
-            if self.training:
-                self._remember(slopes, defect)
         loss = local_update(network, driven, before, slopes, credit, label)
         if self.predictor is not None:
             loss = loss + (wide(guess) - wide(ends[:-1])).square().sum(-1).mean(-1).sum()
-        return RecurrentStep(loss, *self._cost(network, sweeps), {self.length: label.loss}, defect, sweeps)
+        cost = scan_cost(
+            self.length,
+            self.chunk,
+            sweeps,
+            self.credit_sweeps,
+            tree=self.predictor is not None,
+            shared=self.shared,
+            every_step=network.every_step,
+        )
+        return RecurrentStep(loss, cost.work, cost.span, {self.length: label.loss}, defect, sweeps)
 
     def _present(self, x: Tensor, present: Tensor | None) -> Tensor | None:
         """(G, M, B), false where a step holds the state; None if none does."""
@@ -162,21 +179,9 @@ class ScanRule(RecurrentRule):
         return pull(slopes, cell.weight_hh, ends, own)[0]
 
     def _remember(self, slopes: Slopes, defect: Tensor) -> None:
-        self.direct.copy_(slopes.direct.mean((0, 2)))
-        self.gated.copy_(slopes.gated.mean((0, 2)))
+        dimensions = (0, 1, 2) if self.shared else (0, 2)
+        self.direct.copy_(slopes.direct.mean(dimensions))
+        self.gated.copy_(slopes.gated.mean(dimensions))
         if self.adapt is not None:
             change = int(defect > self.adapt) - int(defect < self.adapt / 3)
             self.current.fill_(min(max(int(self.current) + change, self.sweeps), self.chunks))
-
-    def _cost(self, network: RecurrentNetwork, sweeps: int) -> tuple[int, int]:
-        """Work and span; see ``RecurrentStep``.
-
-        The coarse steps are made beside the first sweep; only the predictor and the defect wait for the last correction.
-        """
-        steps = sweeps + self.credit_sweeps + 1
-        scans = sweeps - 1 + self.credit_sweeps + (not network.every_step)
-        work, span = self.length * (steps + 1), self.chunk * steps + scan.levels(self.chunks) * scans
-        if self.predictor is not None:
-            work += 2 * (self.chunks - 1)
-            span += scan.levels(self.chunks)
-        return work, span

@@ -19,19 +19,13 @@ __all__ = ["LabelCredit", "RecurrentRule", "RecurrentStep", "head_credit", "loca
 
 @dataclass(frozen=True)
 class RecurrentStep:
-    """What a call of a rule returns.
-
-    Work and span are counted in evaluations of a cell: a forward evaluation on one batch, a vector-Jacobian product for
-    its state and one for its weights are a unit each, a level of a scan over shared matrices is a unit of span. Heads and
-    input maps cost nothing; products for weights hang off the chain of dependent evaluations, for nothing waits for them.
-    """
+    """What a call of a rule returns."""
 
     loss: Tensor
     """A scalar with graph; its gradients are the rule's updates."""
     work: int
-    """All evaluations, those of the backward pass through ``loss`` counted in."""
     span: int
-    """The longest chain of evaluations in which each needs the one before."""
+    """Both as in ``hbll.recurrent.cost``."""
     errors: dict[int, Tensor] = field(default_factory=dict)
     """The mean error of every node (time) that has one, in nats: scalars, so that nothing waits for the device."""
     defect: Tensor | None = None
