@@ -59,6 +59,7 @@ RULES: dict[str, tuple[str, dict]] = {
     "stream G6": ("stream", {"stage": 6}),
     "stream G8": ("stream", {"stage": 8}),
     "stream G2-2-3 last": ("stream", {"stage": (2, 2, 3), "spine": "last"}),
+    "stream G1-2-2-2 right": ("stream", {"stage": (1, 2, 2, 2), "spine": "right"}),
     "stream G2-3-2 right": ("stream", {"stage": (2, 3, 2), "spine": "right"}),
     "stream G3 rim": ("stream", {"stage": 3, "rim": 0.3}),
     "stream G3 no spine": ("stream", {"stage": 3, "spine": "none"}),
