@@ -251,7 +251,7 @@ def plot(rows: list[dict], file: Path) -> None:
         for panel in (above, below):
             panel.set_xscale("log", base=2)
         above.legend(fontsize=6)
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=64)
     plt.close(figure)
 
 
@@ -279,20 +279,25 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=20e-6, help="seconds of a dependent evaluation, unfused")
     parser.add_argument("--fused-latency", type=float, default=6e-6, help="the same inside of a fused nn.GRU")
     parser.add_argument("--throughput", type=float, default=3e14, help="floating-point operations a second")
-    parser.add_argument("--plot", nargs="+", type=Path, help="only plot the rows of these rows.json together")
+    parser.add_argument(
+        "--join", nargs="+", type=Path, help="only tabulate and plot the rows of these rows.json together"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.plot:
-        plot([row for file in options.plot for row in json.loads(file.read_text())["rows"]], options.out / "speed.png")
-        return
-    header, rows = predict(options) if options.predict else measure_all(options)
-    text = f"{header}\n\n{table(rows)}"
-    if options.predict:
-        text += f"\n{crossings(rows)}"
+    header, rows = (join if options.join else predict if options.predict else measure_all)(options)
+    forecast = [row for row in rows if "predicted" in row]
+    made = [row for row in rows if "predicted" not in row]
+    text = "\n".join([header + "\n", *(table(each) for each in (made, forecast) if each), crossings(forecast)])
     (options.out / "rows.json").write_text(json.dumps({"machine": header, "rows": rows}, indent=1) + "\n")
     (options.out / "table.md").write_text(text)
     plot(rows, options.out / "speed.png")
     print(text)
+
+
+def join(options: argparse.Namespace) -> tuple[str, list[dict]]:
+    """Earlier results: the machines, and all rows."""
+    runs = [json.loads(file.read_text()) for file in options.join]
+    return "; ".join(dict.fromkeys(run["machine"] for run in runs)), [row for run in runs for row in run["rows"]]
 
 
 def predict(options: argparse.Namespace) -> tuple[str, list[dict]]:

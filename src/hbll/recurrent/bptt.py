@@ -6,7 +6,7 @@ from torch.func import functional_call
 
 from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.recurrent.cost import backpropagation_cost
-from hbll.recurrent.network import RecurrentNetwork
+from hbll.recurrent.network import RecurrentNetwork, walk
 from hbll.recurrent.step import RecurrentRule, RecurrentStep
 
 __all__ = ["Backpropagation", "FusedBackpropagation"]
@@ -16,12 +16,7 @@ class Backpropagation(RecurrentRule):
     """One call of the cell per time step, and autograd back through all of them: work 3N, span 2N."""
 
     def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
-        cell = network.cell
-        state, hidden = cell.initial(x.shape[1]), []
-        for t, driven in enumerate(cell.project(x)):
-            new = cell.advance(driven, state)
-            state = new if present is None else torch.where(present[:, t, None], new, state)
-            hidden.append(cell.hidden(state))
+        hidden, _ = walk(network.cell, x, network.cell.initial(x.shape[1]), present)
         return exact_step(network, torch.stack(hidden) if network.every_step else hidden[-1], y, len(x), self.loss)
 
 

@@ -12,7 +12,7 @@ from hbll.models.cells import GRU, LSTM, Cell
 from hbll.recurrent.arcs import ArcCells
 from hbll.tree import Path, Tree, format_path
 
-__all__ = ["RecurrentNetwork", "check_sequences", "padded_start", "presence", "tree_of"]
+__all__ = ["RecurrentNetwork", "check_sequences", "padded_start", "presence", "tree_of", "walk"]
 
 ExportedT = TypeVar("ExportedT", bound=nn.Module)
 
@@ -105,11 +105,11 @@ class RecurrentNetwork(nn.Module):
         chain = len(times) == x.shape[1] - 1
         if self.every_step and not chain:
             raise ValueError("only the chain has outputs of every step")
+        state, present = self.cell.initial(len(x)), presence(lengths, x)
         if chain:
-            states, last = self._unroll(x, self.cell.initial(len(x)), lengths)
-            return self.head(states) if self.every_step else self.head(self.cell.hidden(last))
-        steps, first = padded_start(x.transpose(0, 1), presence(lengths, x))
-        state = self.cell.initial(len(x))
+            hidden, _ = walk(self.cell, x.transpose(0, 1), state, present)
+            return self.head(torch.stack(hidden, 1) if self.every_step else hidden[-1])
+        steps, first = padded_start(x.transpose(0, 1), present)
         for arc in zip((0, *times), (*times, len(steps)), strict=True):
             state = self.cells(steps, [arc], state.unsqueeze(0), first)[0]
         return self.head(self.cell.hidden(state))
@@ -133,18 +133,9 @@ class RecurrentNetwork(nn.Module):
         initial = self.cell.initial(len(x))
         if state is not None and state.shape != initial.shape:
             raise ValueError(f"{len(x)} sequences go on from states {tuple(initial.shape)}; got {tuple(state.shape)}")
-        return self._unroll(x, initial if state is None else state, lengths)
-
-    def _unroll(self, x: Tensor, state: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        cell = self.cell
-        driven = cell.project(x)
-        present = presence(lengths, x)
-        hidden = []
-        for t in range(x.shape[1]):
-            new = cell.advance(driven[:, t], state)
-            state = new if present is None else torch.where(present[:, t, None], new, state)
-            hidden.append(cell.hidden(state))
-        return torch.stack(hidden, 1), state
+        start = initial if state is None else state
+        hidden, last = walk(self.cell, x.transpose(0, 1), start, presence(lengths, x))
+        return torch.stack(hidden, 1), last
 
     def export_cell(self) -> nn.GRUCell | nn.LSTMCell:
         """The deployed cell as torch's own, with a copy of the weights; the same numbers, and no need of hbll.
@@ -159,6 +150,22 @@ class RecurrentNetwork(nn.Module):
         """The deployed chain as nn.GRU or nn.LSTM with batch_first, which cuDNN runs fused; else as ``export_cell``."""
         cell = self.cell
         return _load(_kind(cell, GRU=nn.GRU, LSTM=nn.LSTM)(cell.inputs, cell.width, batch_first=True), cell, "_l0")
+
+
+def walk(cell: Cell, x: Tensor, state: Tensor, present: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """The chain, step after step: the hidden states after every step, N of (B, H), and the state after the last one.
+
+    Args:
+        x: (N, B, I), the chunks.
+        state: (B, S H), to begin with.
+        present: (B, N) as of ``presence``.
+    """
+    hidden = []
+    for t, driven in enumerate(cell.project(x)):
+        new = cell.advance(driven, state)
+        state = new if present is None else torch.where(present[:, t, None], new, state)
+        hidden.append(cell.hidden(state))
+    return hidden, state
 
 
 def _readout(name: str, path: Path) -> Readout:
