@@ -73,9 +73,11 @@ def main() -> None:
     parser.add_argument("--tune-samples", type=int, default=10000)
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 2e-3, 8e-3, 3e-2])
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, help="of the runs in the table, instead of the task's own number")
     options = parser.parse_args()
     torch.set_num_threads(1)
     recipe, rows = TASKS[options.task], []
+    recipe = replace(recipe, epochs=options.epochs or recipe.epochs)
     for method in options.methods:
         rate = tuned_rate(recipe, method, options)
         comparison = Comparison(
