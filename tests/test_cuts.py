@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hbll import TreeNetwork
-from hbll.cuts import SequentialNetwork, cut, evaluating, parts
+from hbll.cuts import SequentialNetwork, cut, parts
+from hbll.network import evaluating
 
 
 def plain(*sizes):
@@ -125,6 +126,13 @@ def test_a_walk_back_makes_the_products_that_autograd_makes(frozen):
     assert segment.backward_work == weights + edges
     # One after the other: all products for inputs, and that for the weight at the end of them.
     assert segment.backward_span == edges + (weights > 0)
+
+
+def test_a_slice_is_a_plain_sequence():
+    network = plain(4, 5)
+    assert type(network[:1]) is nn.Sequential
+    assert network[:1][0] is network[0]
+    assert network[-1] is list(network)[-1]
 
 
 def test_evaluation_mode_is_left_as_it_was_found():

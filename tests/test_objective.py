@@ -643,6 +643,14 @@ class TestReports:
         hbll.Objective("paper").diagnose(net, x, y)
         assert all(p.grad is None for p in net.parameters())
 
+    def test_diagnosis_leaves_running_statistics_alone(self):
+        blocks = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(3)]
+        net = hbll.TreeNetwork(nn.Linear(4, 6), blocks, nn.Linear(6, 3))
+        net.blocks[1].eval()
+        hbll.Objective("paper").diagnose(net, torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        assert all(block[1].num_batches_tracked == 0 for block in net.blocks)
+        assert [block.training for block in net.blocks] == [True, False, True]
+
     def test_diagnosis_of_frozen_blocks(self):
         net, x, y = mlp()
         net.blocks.requires_grad_(False)

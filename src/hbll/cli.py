@@ -35,7 +35,7 @@ RUNS = Path("runs")
 class TrainOptions(Generic[RecipeT]):
     recipe: RecipeT
 
-    method: str = "paper"
+    method: str
     """The training rule: paper, tree, scan, stream, pipeline or bp; bll, dgl, predsim, ff, cff or dfa on a network cut into
     blocks (--cuts); of recurrent networks hbll, paper, bptt, bptt-fused or deer."""
 
@@ -56,7 +56,7 @@ class TrainOptions(Generic[RecipeT]):
 class CompareOptions(Generic[RecipeT]):
     recipe: RecipeT
 
-    methods: tuple[str, ...] = ("paper", "tree", "bp")
+    methods: tuple[str, ...]
     """The training rules to compare."""
 
     seeds: int = 3
@@ -223,7 +223,11 @@ def _recipe_options(
         raise ValueError(f"hbll {command} needs the name of a recipe first: {', '.join(RECIPES)}")
     recipe = RECIPES[check_known(arguments[0], RECIPES, "recipe")]
     prog = f"hbll {command} {recipe.name}"
-    options = _parse(kind[recipe], arguments[1:], prog)
+    make: Any = recipe  # which has a default for every option
+    usual = {"method": recipe.methods[0], "methods": recipe.methods}
+    known = {field.name for field in fields(kind)}
+    default = kind(recipe=make(), **{name: value for name, value in usual.items() if name in known})
+    options = _parse(kind[recipe], arguments[1:], prog, default)
     if options.resume:
         if options.run_dir is None:
             raise ValueError("--resume needs --run-dir, the folder to go on in")
@@ -231,7 +235,7 @@ def _recipe_options(
         if type(stored.recipe) is not recipe:
             raise ValueError(f"{options.run_dir} was begun with the recipe {stored.recipe.name}, not {recipe.name}")
         begun = {field.name: getattr(stored, field.name) for field in fields(kind) if hasattr(stored, field.name)}
-        options = _parse(kind[recipe], arguments[1:], prog, default=kind(**begun))
+        options = _parse(kind[recipe], arguments[1:], prog, kind(**begun))
     return recipe, options
 
 

@@ -3,12 +3,11 @@
 A segment shares the network's modules and registers nothing: parameters keep the names that they have in the network.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from hbll.layout import Readout
 from hbll.names import check_known
 from hbll.network import TreeNetwork
 
-__all__ = ["Part", "Segment", "SequentialNetwork", "cut", "evaluating", "parts"]
+__all__ = ["Part", "Segment", "SequentialNetwork", "cut", "parts"]
 
 
 class SequentialNetwork(nn.Sequential):
@@ -43,6 +42,10 @@ class SequentialNetwork(nn.Sequential):
         if path not in (None, self._chain.path):
             raise ValueError(f"a plain network has one path, the chain; got {path!r}")
         return super().forward(input)
+
+    def __getitem__(self, idx: Any) -> Any:
+        # A slice would be of this class, and the last of its modules taken for a head.
+        return nn.Sequential(*self.children())[idx]
 
     @property
     def _chain(self) -> Readout:
@@ -174,18 +177,6 @@ def cut(
         sizes = _even([sum(p.numel() for part in group for p in part.parameters) for group in groups], count)
     remaining = iter(groups)
     return [Segment(tuple(part for _ in range(size) for part in next(remaining))) for size in sizes]
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode, in which running statistics stand still; afterwards as it was."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _has_parameters(module: nn.Module) -> bool:

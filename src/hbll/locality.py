@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hbll.cuts import evaluating, parts
+from hbll.cuts import parts
 from hbll.local.rule import LocalRule
-from hbll.network import TreeNetwork
+from hbll.network import TreeNetwork, evaluating
 from hbll.objective import Objective
 from hbll.protocols import TrainingRule
 from hbll.stages import Stages

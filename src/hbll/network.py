@@ -1,7 +1,8 @@
 """The user's network as a tree: embed, same-shaped blocks, head; the chain, and every path."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 
 import safetensors
@@ -12,7 +13,7 @@ from hbll.blocks import check_shape
 from hbll.layout import Readout
 from hbll.tree import Path, Tree, format_path
 
-__all__ = ["TreeNetwork"]
+__all__ = ["TreeNetwork", "evaluating"]
 
 
 class TreeNetwork(nn.Module):
@@ -132,3 +133,15 @@ class TreeNetwork(nn.Module):
 
 def _readout(path: Path) -> Readout:
     return Readout(format_path(path), path, len(path))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode, in which running statistics stand still; afterwards as it was."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

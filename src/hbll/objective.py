@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hbll.blocks import stack
 from hbll.credit import ArcCredit, Credit, ExactCredit, ScanCredit, SpineCredit, label_errors
 from hbll.layout import Layout, Readout
-from hbll.network import TreeNetwork
+from hbll.network import TreeNetwork, evaluating
 from hbll.pipeline import LateCredit
 from hbll.rule import make_rule
 from hbll.stages import Stages
@@ -239,12 +239,11 @@ class Objective(nn.Module):
         """
         if self.rule.credit == "late":
             return {}  # its gradients are of other batches
-        training = self.training
-        self.eval()  # what the rule keeps from step to step stays as it is
-        try:
-            step = self(network, x, y)
-        finally:
-            self.train(training)
+        with evaluating(self), evaluating(network):  # what both keep from step to step stays as it is
+            return self._diagnosis(network, x, y)
+
+    def _diagnosis(self, network: TreeNetwork, x: Any, y: Any) -> dict[int, NodeReport]:
+        step = self(network, x, y)
         family, trace = step.trace.family, step.trace
         rose = {}
         with torch.no_grad():

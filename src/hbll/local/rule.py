@@ -12,9 +12,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from hbll.cuts import Part, Segment, cut, evaluating, parts
+from hbll.cuts import Part, Segment, cut, parts
 from hbll.layout import Layout, Readout
 from hbll.losses import Loss, cross_entropy, mean_loss
+from hbll.network import evaluating
 from hbll.objective import NodeReport
 
 __all__ = ["Blocks", "LocalRule", "LocalStep", "detached_pass", "local_cost"]
@@ -123,7 +124,9 @@ class LocalRule(nn.Module):
             ValueError: the labels are not one class for each sample, or the rule was not prepared.
         """
         if not self.prepared:
-            raise ValueError("a local rule sees the shapes of states before its first step: call rule.prepare(network, x)")
+            raise ValueError(
+                "a local rule sees the shapes of states before its first step: call rule.prepare(network, x)"
+            )
         if y.shape != x.shape[:1] or y.is_floating_point():
             raise ValueError(
                 f"local rules take one integer class for each of {len(x)} samples; got labels {tuple(y.shape)} of {y.dtype}"

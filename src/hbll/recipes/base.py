@@ -23,6 +23,9 @@ class Recipe(ABC):
     name: ClassVar[str]
     """What the command line calls it."""
 
+    methods: ClassVar[tuple[str, ...]] = ("paper", "tree", "bp")
+    """The training rules that are compared unless others are asked for; the first is the one that trains."""
+
     threads: ClassVar[int | None] = None
     """CPU threads that training takes; None: torch's own number. Layers of a few hundred units are as fast on one thread,
     and then do not wait for each other's threads where other work runs beside."""

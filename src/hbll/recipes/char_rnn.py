@@ -18,6 +18,7 @@ class CharRnn(Recipe):
     """A recurrent network on tiny Shakespeare, character by character, by hbll, paper, bptt, bptt-fused or deer."""
 
     name: ClassVar[str] = "char-rnn"
+    methods: ClassVar[tuple[str, ...]] = ("hbll", "paper", "bptt-fused")
     measures: ClassVar[tuple[Measure, ...]] = CHARACTER_MEASURES
 
     cell: Literal["gru", "elman", "lstm"] = "gru"

@@ -34,6 +34,8 @@ class CutRecipe(Recipe):
 class PlainRecipe(CutRecipe):
     """A recipe whose network is a `SequentialNetwork` of its own number of layers."""
 
+    methods: ClassVar[tuple[str, ...]] = ("bll", "bp")
+
     layers: ClassVar[int]
     """Layers before the head."""
 

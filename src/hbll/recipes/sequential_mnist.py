@@ -21,6 +21,7 @@ class SequentialMnist(Recipe):
     """A recurrent network on MNIST, chunk by chunk (the paper's section 4.5), by hbll, paper, bptt, bptt-fused or deer."""
 
     name: ClassVar[str] = "sequential-mnist"
+    methods: ClassVar[tuple[str, ...]] = ("hbll", "paper", "bptt-fused")
 
     permuted: bool = False
     """Shuffle the pixels, all images alike."""
