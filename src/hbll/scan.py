@@ -6,7 +6,7 @@ linearly, by P_m, the states without disagreement would be
 
     new_0 = start_0,   new_{m+1} = out_m + P_m (new_m - start_m),
 
-a linear recurrence, solved in ceil(log2 M) levels. P_m is nothing (Jacobi: the states are just the outputs), the
+a linear recurrence, solved in a few levels: ceil(log_r M), where every level reads r values at once. P_m is nothing (Jacobi: the states are just the outputs), the
 identity (Picard: the skip path of residual blocks) or a matrix shared by all samples (recurrent cells). Iterated, this
 is exact after M sweeps whatever P is; the closer P is to the segments' Jacobians, the sooner (parareal, Lions et al.
 2001; DEER, Lim et al. 2024; the scan itself is Hillis and Steele's, 1986).
@@ -17,31 +17,47 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Coarse", "correct", "correct_transposed", "defect", "levels", "windows"]
+__all__ = ["Coarse", "Matrices", "correct", "correct_transposed", "defect", "levels", "windows"]
 
-Coarse: TypeAlias = Literal["identity"] | tuple[Tensor, ...] | None
+Matrices: TypeAlias = tuple[tuple[Tensor, ...], ...]
+"""What ``windows`` makes of matrices."""
+
+Coarse: TypeAlias = Literal["identity"] | Matrices | None
 """The coarse step P: None for 0, the identity, or what ``windows`` makes of matrices."""
 
 
-def levels(segments: int) -> int:
-    """The number of sequential levels in which the recurrence over M segments is solved: ceil(log2 M)."""
-    return (segments - 1).bit_length()
+def levels(segments: int, radix: int = 2) -> int:
+    """The number of sequential levels in which the recurrence over M segments is solved: ceil(log_r M)."""
+    count, reach = 0, 1
+    while reach < segments:
+        count, reach = count + 1, reach * radix
+    return count
 
 
-def windows(matrices: Tensor) -> tuple[Tensor, ...]:
-    """Products of 1, 2, 4, .. neighbouring matrices, once for all the scans that use them.
+def windows(matrices: Tensor, radix: int = 2) -> Matrices:
+    """Products of neighbouring matrices, once for all the scans that use them.
 
     Args:
         matrices: (M, H, H), P_m for every segment.
+        radix: r, from 2 to M: the values that a level adds up. More of them are fewer levels and more products.
 
     Returns:
-        Level l has shape (M - 2^l + 1, H, H); its entry m is P_{m+w-1} .. P_m with w = 2^l. Both directions use them.
+        For every level l and i = 1 .. r - 1, unless w = i r^l reaches M, the products of w neighbours, (M - w + 1, H, H):
+        entry m is P_{m+w-1} .. P_m. Both directions use them.
     """
-    products = [matrices]
-    for level in range(1, levels(len(matrices))):
-        half, previous = 2 ** (level - 1), products[-1]
-        products.append(previous[half:] @ previous[:-half])
-    return tuple(products)
+    found, base, stride = [], matrices, 1
+    while stride < len(matrices):
+        level = [base]
+        fitting = -(-len(matrices) // stride) - 1  # widths below M
+        for count in range(
+            2, min(radix, fitting) + 1
+        ):  # from halves, so that a logarithm of products follow each other
+            first, second = level[count // 2 - 1], level[count - count // 2 - 1]
+            skipped = (count // 2) * stride
+            level.append(second[skipped:] @ first[: len(second) - skipped])
+        found.append(tuple(level[: radix - 1]))
+        base, stride = level[-1], stride * radix  # the last is the next level's first, if there is another
+    return tuple(found)
 
 
 def correct(starts: Tensor, outs: Tensor, coarse: Coarse) -> Tensor:
@@ -82,24 +98,30 @@ def defect(new: Tensor, old: Tensor) -> Tensor:
     return (new - old).norm() / new.norm().clamp_min(torch.finfo(new.dtype).tiny)
 
 
-def _prefix(values: Tensor, coarse: Literal["identity"] | tuple[Tensor, ...]) -> Tensor:
+def _prefix(values: Tensor, coarse: Literal["identity"] | Matrices) -> Tensor:
     """x_1 .. x_M of x_{m+1} = r_m + P_m x_m, x_0 = 0."""
     if coarse == "identity":
         return values.cumsum(0)
     sums = values.flatten(1, -2)
-    for level in range(levels(len(values))):
-        width, products = 2**level, coarse[level]
-        # Entry m sums the last w inputs up to m: those before them are carried across the w segments that follow.
-        sums = torch.cat([sums[:width], torch.baddbmm(sums[width:], sums[:-width], products[1:].mT)])
+    for level in coarse:
+        found = sums.clone()
+        for products in level:
+            # Entry m sums the last inputs up to m; those w before it are carried across the w segments that follow them.
+            width = len(sums) - len(products) + 1
+            found[width:].baddbmm_(sums[:-width], products[1:].mT)
+        sums = found
     return sums.view_as(values)
 
 
-def _suffix(values: Tensor, coarse: Literal["identity"] | tuple[Tensor, ...]) -> Tensor:
+def _suffix(values: Tensor, coarse: Literal["identity"] | Matrices) -> Tensor:
     """y_0 .. y_{M-1} of y_m = s_m + P_m^T y_{m+1}, y_M = 0."""
     if coarse == "identity":
         return values.flip(0).cumsum(0).flip(0)
     sums = values.flatten(1, -2)
-    for level in range(levels(len(values))):
-        width, products = 2**level, coarse[level]
-        sums = torch.cat([torch.baddbmm(sums[:-width], sums[width:], products[:-1]), sums[-width:]])
+    for level in coarse:
+        found = sums.clone()
+        for products in level:
+            width = len(sums) - len(products) + 1
+            found[:-width].baddbmm_(sums[width:], products[:-1])
+        sums = found
     return sums.view_as(values)

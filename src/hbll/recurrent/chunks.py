@@ -81,7 +81,7 @@ def pull(slopes: Slopes, weight_hh: Tensor, ends: Tensor, own: Tensor | None) ->
     return torch.stack(at_step[::-1]), credit
 
 
-def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int) -> tuple[Tensor, ...]:
+def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int, radix: int) -> scan.Matrices:
     """The coarse steps of all chunks, one matrix per chunk for all samples: G times the chunk's mean Jacobian.
 
     The product of the Jacobians of the chunk's steps, each averaged over the batch alone, does no better and costs G - 1
@@ -91,5 +91,6 @@ def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int) -> tuple[Tensor, 
         slopes: averaged over the batch and over the steps of every chunk: (M, ..).
         weight_hh: the recurrent weights.
         chunk: G.
+        radix: of the scans, as for ``scan.windows``.
     """
-    return scan.windows(torch.linalg.matrix_power(slopes.jacobian(weight_hh), chunk))
+    return scan.windows(torch.linalg.matrix_power(slopes.jacobian(weight_hh), chunk), radix)

@@ -10,6 +10,7 @@ coarse step (parareal, Lions et al. 2001; DEER, Lim et al. 2024, solves with eac
 All is taken on the trajectory of the last sweep: its states, their slopes, and the head's loss on what it ended in.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class ScanRule(RecurrentRule):
         chunk: G, time steps that are made one after the other.
         sweeps: K, evaluations of all steps.
         credit_sweeps: Kc, corrections of the credit.
+        radix: r; the corrections over M chunks take ceil(log_r M) levels, each of them a product of r matrices with as
+            many chunks' states. M is a single level, 2 the fewest operations.
         guess: what the starts are at first: ``zero``, or what a *predictor tree* over the M chunks says, whose cells are
             this module's parameters and learn from the corrected starts.
         adapt: a defect above which the next step makes a sweep more, and below a third of which one less, but never
@@ -59,6 +62,7 @@ class ScanRule(RecurrentRule):
         chunk: int = 4,
         sweeps: int = 3,
         credit_sweeps: int = 1,
+        radix: int = 2,
         guess: str = "zero",
         adapt: float | None = None,
         loss: Loss = cross_entropy,
@@ -71,12 +75,15 @@ class ScanRule(RecurrentRule):
             )
         if guess not in ("zero", "tree"):
             raise ValueError(f"guess is zero or tree; got {guess!r}")
+        if radix < 2:
+            raise ValueError(f"radix is at least 2; got {radix}")
         cell = network.cell
         self.length = length
         self.chunk = min(chunk, length)
         self.chunks = -(-length // self.chunk)
         self.sweeps = sweeps
         self.credit_sweeps = credit_sweeps
+        self.radix = radix
         self.adapt = adapt
         self.predictor: ArcCells | None = None
         if guess == "tree" and self.chunks > 1:
@@ -92,7 +99,9 @@ class ScanRule(RecurrentRule):
     def suggested(length: int) -> dict[str, Any]:
         """Options that do well at a length: G grows with its square root, so that chunks and levels balance."""
         chunk = 2 ** max(0, (length - 1).bit_length() // 2 - 1)
-        return {"chunk": chunk, "sweeps": min(3, -(-length // chunk)), "credit_sweeps": 1, "guess": "tree"}
+        chunks = -(-length // chunk)
+        radix = max(2, chunks if chunks <= 16 else math.isqrt(chunks - 1) + 1)  # one level, or two
+        return {"chunk": chunk, "sweeps": min(5, chunks), "credit_sweeps": 1, "radix": radix, "guess": "tree"}
 
     def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
         if len(x) != self.length:
@@ -103,7 +112,7 @@ class ScanRule(RecurrentRule):
         driven = cell.project(x)
         guess = self._guess(cell, x.detach())
         with torch.no_grad():
-            coarse = coarse_step(Slopes(self.direct, self.gated, self.gated), cell.weight_hh, self.chunk)
+            coarse = coarse_step(Slopes(self.direct, self.gated, self.gated), cell.weight_hh, self.chunk, self.radix)
             starts = torch.cat([cell.initial(x.shape[2]).unsqueeze(0), guess.detach()])
             sweeps = self.sweeps if self.adapt is None else int(self.current)
             for _ in range(sweeps - 1):
@@ -142,9 +151,7 @@ class ScanRule(RecurrentRule):
             return cell.initial(x.shape[2]).expand(self.chunks - 1, -1, -1)
         return tree_states(self.predictor, x.permute(1, 2, 0, 3).flatten(2))
 
-    def _credit(
-        self, cell: Cell, slopes: Slopes, coarse: tuple[Tensor, ...], last: Tensor, own: Tensor | None
-    ) -> Tensor:
+    def _credit(self, cell: Cell, slopes: Slopes, coarse: scan.Matrices, last: Tensor, own: Tensor | None) -> Tensor:
         """The gradients in the new state of every step (G, M, B, S H).
 
         Args:
@@ -152,9 +159,9 @@ class ScanRule(RecurrentRule):
             own: (G, M, B, S H), that of every step's own loss.
         """
         ends = torch.cat([last.new_zeros(self.chunks - 1, *last.shape), last.unsqueeze(0)])
-        if own is None:  # the coarse step alone takes the last gradient to the first chunk
+        if own is None and coarse:  # the coarse step alone takes the last gradient to the first chunk
             pulled = torch.zeros_like(ends)
-            pulled[-1] = last @ coarse[0][-1]
+            pulled[-1] = last @ coarse[0][0][-1]
             ends = torch.cat([scan.correct_transposed(ends, pulled, coarse)[1:], ends[-1:]])
         for _ in range(self.credit_sweeps):
             _, pulled = pull(slopes, cell.weight_hh, ends, own)
@@ -175,7 +182,7 @@ class ScanRule(RecurrentRule):
         """
         steps = sweeps + self.credit_sweeps + 1
         scans = sweeps - 1 + self.credit_sweeps + (not network.every_step)
-        work, span = self.length * (steps + 1), self.chunk * steps + scan.levels(self.chunks) * scans
+        work, span = self.length * (steps + 1), self.chunk * steps + scan.levels(self.chunks, self.radix) * scans
         if self.predictor is not None:
             work += 2 * (self.chunks - 1)
             span += scan.levels(self.chunks)
