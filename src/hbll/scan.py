@@ -6,10 +6,10 @@ linearly, by P_m, the states without disagreement would be
 
     new_0 = start_0,   new_{m+1} = out_m + P_m (new_m - start_m),
 
-a linear recurrence, solved in a few levels: ceil(log_r M), where every level reads r values at once. P_m is nothing (Jacobi: the states are just the outputs), the
-identity (Picard: the skip path of residual blocks) or a matrix shared by all samples (recurrent cells). Iterated, this
-is exact after M sweeps whatever P is; the closer P is to the segments' Jacobians, the sooner (parareal, Lions et al.
-2001; DEER, Lim et al. 2024; the scan itself is Hillis and Steele's, 1986).
+a linear recurrence, solved in ceil(log_r M) levels, each of which adds up r values. P_m is nothing (Jacobi: the states
+are just the outputs), the identity (Picard: the skip path of residual blocks) or a matrix shared by all samples (recurrent
+cells). Iterated, this is exact after M sweeps whatever P is; the closer P is to the segments' Jacobians, the sooner
+(parareal, Lions et al. 2001; DEER, Lim et al. 2024; the scan itself is Hillis and Steele's, 1986).
 """
 
 from typing import Literal, TypeAlias
