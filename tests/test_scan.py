@@ -33,10 +33,11 @@ def draw(segments: int, shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tens
 
 
 @settings(deadline=None)
-@given(segments=st.integers(1, 19), shape=st.sampled_from(SHAPES), seed=st.integers(0, 999))
-def test_matrices_solve_the_recurrence_in_either_direction(segments, shape, seed):
+@given(segments=st.integers(1, 19), radix=st.integers(2, 20), shape=st.sampled_from(SHAPES), seed=st.integers(0, 999))
+def test_matrices_solve_the_recurrence_in_either_direction(segments, radix, shape, seed):
     first, second, matrices = draw(segments, (4, *shape), seed)
-    coarse = scan.windows(matrices)
+    coarse = scan.windows(matrices, segments, radix)
+    assert len(coarse) == scan.levels(segments, radix)
     torch.testing.assert_close(scan.correct(first, second, coarse), loop(first, second, matrices))
     torch.testing.assert_close(scan.correct_transposed(first, second, coarse), loop_transposed(first, second, matrices))
 
@@ -52,7 +53,33 @@ def test_jacobi_and_identity_are_the_matrices_zero_and_one(segments, coarse, sca
 
 def test_the_number_of_levels_and_of_products_is_logarithmic():
     assert [scan.levels(m) for m in (1, 2, 3, 4, 5, 64, 65)] == [0, 1, 2, 2, 3, 6, 7]
-    assert [len(p) for p in scan.windows(torch.zeros(64, 2, 2))] == [64, 63, 61, 57, 49, 33]
+    assert [scan.levels(m, 4) for m in (1, 2, 4, 5, 16, 17)] == [0, 1, 1, 2, 2, 3]
+    sizes = [[len(products) for products in level] for level in scan.windows(torch.zeros(64, 2, 2), 64)]
+    assert sizes == [[64], [63], [61], [57], [49], [33]]
+    sizes = [[len(products) for products in level] for level in scan.windows(torch.zeros(10, 2, 2), 10, 4)]
+    assert sizes == [[10, 9, 8], [7, 3]]  # of 1, 2, 3 and of 4, 8 neighbours
+
+
+@settings(deadline=None)
+@given(segments=st.integers(1, 12), radix=st.integers(2, 12), seed=st.integers(0, 999))
+def test_windows_are_products_of_neighbours(segments, radix, seed):
+    _, _, matrices = draw(segments, (1, 2), seed)
+    for depth, level in enumerate(scan.windows(matrices, segments, radix)):
+        for count, products in enumerate(level, 1):
+            width = count * radix**depth
+            for m in range(segments - width + 1):
+                expected = torch.eye(2, dtype=torch.float64)
+                for matrix in matrices[m : m + width]:
+                    expected = matrix @ expected
+                torch.testing.assert_close(products[m], expected)
+
+
+@pytest.mark.parametrize(("segments", "radix"), [(1, 2), (7, 2), (16, 16), (12, 4)])
+def test_one_matrix_for_all_segments_is_so_many_of_it(segments, radix):
+    _, _, matrices = draw(1, (1, 2), seed=3)
+    shared = scan.windows(matrices, segments, radix)
+    each = scan.windows(matrices.expand(segments, -1, -1), segments, radix)
+    torch.testing.assert_close(shared, each)
 
 
 def test_exact_steps_solve_a_linear_chain_in_one_sweep():
@@ -66,7 +93,7 @@ def test_exact_steps_solve_a_linear_chain_in_one_sweep():
         chain.append(inputs[m] + chain[-1] @ matrices[m].mT)
     guess = torch.randn(9, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     guess[0] = 0
-    torch.testing.assert_close(scan.correct(guess, segments(guess), scan.windows(matrices)), torch.stack(chain[1:]))
+    torch.testing.assert_close(scan.correct(guess, segments(guess), scan.windows(matrices, 9)), torch.stack(chain[1:]))
 
 
 def test_the_defect_is_the_relative_change():

@@ -6,10 +6,10 @@ linearly, by P_m, the states without disagreement would be
 
     new_0 = start_0,   new_{m+1} = out_m + P_m (new_m - start_m),
 
-a linear recurrence, solved in ceil(log2 M) levels. P_m is nothing (Jacobi: the states are just the outputs), the
-identity (Picard: the skip path of residual blocks) or a matrix shared by all samples (recurrent cells). Iterated, this
-is exact after M sweeps whatever P is; the closer P is to the segments' Jacobians, the sooner (parareal, Lions et al.
-2001; DEER, Lim et al. 2024; the scan itself is Hillis and Steele's, 1986).
+a linear recurrence, solved in ceil(log_r M) levels, each of which adds up r values. P_m is nothing (Jacobi: the states
+are just the outputs), the identity (Picard: the skip path of residual blocks) or a matrix shared by all samples (recurrent
+cells). Iterated, this is exact after M sweeps whatever P is; the closer P is to the segments' Jacobians, the sooner
+(parareal, Lions et al. 2001; DEER, Lim et al. 2024; the scan itself is Hillis and Steele's, 1986).
 """
 
 from typing import Literal, TypeAlias
@@ -17,31 +17,56 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Coarse", "correct", "correct_transposed", "defect", "levels", "windows"]
+__all__ = ["Coarse", "Matrices", "correct", "correct_transposed", "defect", "levels", "widths", "windows"]
 
-Coarse: TypeAlias = Literal["identity"] | tuple[Tensor, ...] | None
+Matrices: TypeAlias = tuple[tuple[Tensor, ...], ...]
+"""What ``windows`` makes of matrices."""
+
+Coarse: TypeAlias = Literal["identity"] | Matrices | None
 """The coarse step P: None for 0, the identity, or what ``windows`` makes of matrices."""
 
 
-def levels(segments: int) -> int:
-    """The number of sequential levels in which the recurrence over M segments is solved: ceil(log2 M)."""
-    return (segments - 1).bit_length()
+def widths(segments: int, radix: int = 2) -> list[range]:
+    """For every level l of the recurrence over M segments, the numbers of segments across which it carries values.
+
+    They are i r^l for i = 1 .. r - 1, below M: what a level adds up reaches r^(l + 1) segments far.
+    """
+    found, stride = [], 1
+    while stride < segments:
+        found.append(range(stride, min(segments, radix * stride), stride))
+        stride *= radix
+    return found
 
 
-def windows(matrices: Tensor) -> tuple[Tensor, ...]:
-    """Products of 1, 2, 4, .. neighbouring matrices, once for all the scans that use them.
+def levels(segments: int, radix: int = 2) -> int:
+    """The number of sequential levels in which the recurrence over M segments is solved: ceil(log_r M)."""
+    return len(widths(segments, radix))
+
+
+def windows(matrices: Tensor, segments: int, radix: int = 2) -> Matrices:
+    """Products of neighbouring matrices, once for all the scans that use them.
 
     Args:
-        matrices: (M, H, H), P_m for every segment.
+        matrices: (M, H, H), P_m for every segment; or (1, H, H), the same for all.
+        segments: M.
+        radix: r, at least 2: how many values a level adds up. With more of them levels are fewer and products more.
 
     Returns:
-        Level l has shape (M - 2^l + 1, H, H); its entry m is P_{m+w-1} .. P_m with w = 2^l. Both directions use them.
+        For every level the products of w neighbours for each of its ``widths``, (M - w + 1, H, H): entry m is
+        P_{m+w-1} .. P_m. Both directions use them.
     """
-    products = [matrices]
-    for level in range(1, levels(len(matrices))):
-        half, previous = 2 ** (level - 1), products[-1]
-        products.append(previous[half:] @ previous[:-half])
-    return tuple(products)
+    products = {1: matrices}
+    for level, row in enumerate(widths(segments, radix)):
+        for width in row[level == 0 :]:
+            # From two halves, so that all are there after a logarithm of products.
+            unit = radix**level if width > radix**level else radix ** (level - 1)
+            half = width // unit // 2 * unit
+            first, second = products[half], products[width - half]
+            shared = len(matrices) < segments
+            products[width] = second @ first if shared else second[half:] @ first[: len(second) - half]
+    return tuple(
+        tuple(products[width].expand(segments - width + 1, -1, -1) for width in row) for row in widths(segments, radix)
+    )
 
 
 def correct(starts: Tensor, outs: Tensor, coarse: Coarse) -> Tensor:
@@ -82,24 +107,30 @@ def defect(new: Tensor, old: Tensor) -> Tensor:
     return (new - old).norm() / new.norm().clamp_min(torch.finfo(new.dtype).tiny)
 
 
-def _prefix(values: Tensor, coarse: Literal["identity"] | tuple[Tensor, ...]) -> Tensor:
+def _prefix(values: Tensor, coarse: Literal["identity"] | Matrices) -> Tensor:
     """x_1 .. x_M of x_{m+1} = r_m + P_m x_m, x_0 = 0."""
     if coarse == "identity":
         return values.cumsum(0)
     sums = values.flatten(1, -2)
-    for level in range(levels(len(values))):
-        width, products = 2**level, coarse[level]
-        # Entry m sums the last w inputs up to m: those before them are carried across the w segments that follow.
-        sums = torch.cat([sums[:width], torch.baddbmm(sums[width:], sums[:-width], products[1:].mT)])
+    for level in coarse:
+        found = sums.clone()
+        for products in level:
+            # Entry m sums the last inputs up to m; those w before it are carried across the w segments that follow them.
+            width = len(sums) - len(products) + 1
+            found[width:].baddbmm_(sums[:-width], products[1:].mT)
+        sums = found
     return sums.view_as(values)
 
 
-def _suffix(values: Tensor, coarse: Literal["identity"] | tuple[Tensor, ...]) -> Tensor:
+def _suffix(values: Tensor, coarse: Literal["identity"] | Matrices) -> Tensor:
     """y_0 .. y_{M-1} of y_m = s_m + P_m^T y_{m+1}, y_M = 0."""
     if coarse == "identity":
         return values.flip(0).cumsum(0).flip(0)
     sums = values.flatten(1, -2)
-    for level in range(levels(len(values))):
-        width, products = 2**level, coarse[level]
-        sums = torch.cat([torch.baddbmm(sums[:-width], sums[width:], products[:-1]), sums[-width:]])
+    for level in coarse:
+        found = sums.clone()
+        for products in level:
+            width = len(sums) - len(products) + 1
+            found[:-width].baddbmm_(sums[width:], products[:-1])
+        sums = found
     return sums.view_as(values)

@@ -43,7 +43,8 @@ def assert_exact(rule, network, x, y, lengths=None):
 def test_scan_with_all_its_sweeps_is_backpropagation(problem, every_step, lengths, chunk, guess, shared):
     network, x, y = problem(11, every_step)
     chunks = -(-11 // chunk)
-    rule = ScanRule(network, 11, chunk=chunk, sweeps=chunks, credit_sweeps=chunks - 1, guess=guess, shared=shared)
+    options = {"chunk": chunk, "sweeps": chunks, "credit_sweeps": chunks - 1, "radix": 3}
+    rule = ScanRule(network, 11, guess=guess, shared=shared, **options)
     for _ in range(2):  # without and with a coarse step: its slopes are those of the step before
         assert_exact(rule, network, x, y, lengths)
 
@@ -222,6 +223,17 @@ def test_costs_are_the_specifications():
     assert (step.work, step.span) == (6 * 64, 4 * 5 + 4 * 4)
     step = ScanRule(network, 64, chunk=4, sweeps=3, credit_sweeps=1, guess="tree")(network, x, y)
     assert (step.work, step.span) == (6 * 64 + 2 * 15, 4 * 5 + 4 * 4 + 4)
+    for radix, levels in {4: 2, 16: 1}.items():
+        step = ScanRule(network, 64, chunk=4, sweeps=3, credit_sweeps=1, radix=radix)(network, x, y)
+        assert (step.work, step.span) == (6 * 64, 4 * 5 + 4 * levels)
+
+
+@pytest.mark.parametrize(("length", "most"), [(64, 2 * 64 / 3), (256, 2 * 256 / 7)])
+def test_what_is_suggested_is_shorter_than_backpropagation(length, most):
+    network = RecurrentNetwork(DepthCells(GRU, INPUTS, WIDTH, 6), nn.Linear(WIDTH, CLASSES))
+    rule = ScanRule(network, length, **ScanRule.suggested(length))
+    step = rule(network, torch.randn(BATCH, length, INPUTS), torch.zeros(BATCH, dtype=torch.long))
+    assert step.span <= most
 
 
 class TestBadInput:
@@ -236,6 +248,7 @@ class TestBadInput:
             ({"sweeps": 0}, "at least 1"),
             ({"credit_sweeps": -1}, "at least 0"),
             ({"guess": "mean"}, "zero or tree"),
+            ({"radix": 1}, "at least 2"),
         ],
     )
     def test_options(self, network, options, message):

@@ -81,8 +81,8 @@ def pull(slopes: Slopes, weight_hh: Tensor, ends: Tensor, own: Tensor | None) ->
     return torch.stack(at_step[::-1]), credit
 
 
-def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int, chunks: int) -> tuple[Tensor, ...]:
-    """The coarse steps P, the same for all samples, and their products over 2, 4, .. chunks, as ``hbll.scan`` takes them.
+def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int, chunks: int, radix: int) -> scan.Matrices:
+    """The coarse steps P, the same for all samples, and their products over several chunks, as ``hbll.scan`` takes them.
 
     P is the G-th power of a mean Jacobian. The product of the Jacobians of the chunk's steps, each averaged over the batch
     alone, does no better and costs G - 1 matrix products and G Jacobians where this costs log2 G and one.
@@ -92,11 +92,6 @@ def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int, chunks: int) -> t
         weight_hh: the recurrent weights.
         chunk: G.
         chunks: M.
+        radix: of the scans, as for ``scan.windows``.
     """
-    powers = torch.linalg.matrix_power(slopes.jacobian(weight_hh), chunk)
-    if len(powers) == chunks:
-        return scan.windows(powers)
-    products = [powers]
-    for _ in range(1, scan.levels(chunks)):
-        products.append(products[-1] @ products[-1])
-    return tuple(product.expand(chunks - 2**level + 1, -1, -1) for level, product in enumerate(products))
+    return scan.windows(torch.linalg.matrix_power(slopes.jacobian(weight_hh), chunk), chunks, radix)

@@ -7,7 +7,7 @@ maps cost nothing; products for weights hang off the chain of dependent evaluati
 
 from dataclasses import dataclass
 
-from hbll.scan import levels
+from hbll.scan import levels, widths
 
 __all__ = ["Cost", "Machine", "backpropagation_cost", "newton_cost", "paper_cost", "scan_cost"]
 
@@ -78,6 +78,7 @@ def scan_cost(
     chunk: int,
     sweeps: int,
     credit_sweeps: int,
+    radix: int = 2,
     tree: bool = False,
     shared: bool = False,
     every_step: bool = False,
@@ -89,12 +90,13 @@ def scan_cost(
     chunks = -(-length // chunk)
     steps = sweeps + credit_sweeps + 1
     awaited = sweeps - 1 + credit_sweeps + (not every_step)  # scans; that of the defect comes on top
-    widths = [2**level for level in range(levels(chunks))]
+    carries = [width for row in widths(chunks, radix) for width in row]
     power = chunk.bit_length() + chunk.bit_count() - 2  # products, by repeated squaring
-    products = power + len(widths[1:]) if shared else power * chunks + sum(chunks - width + 1 for width in widths[1:])
+    joined = [chunks - width + 1 for width in carries[1:]]
+    products = power + len(joined) if shared else power * chunks + sum(joined)
     return Cost(
         work=length * (steps + 1) + 2 * (chunks - 1) * tree,
-        span=chunk * steps + levels(chunks) * (awaited + tree),
-        carried=sum(chunks - width for width in widths) * (awaited + 1) + (not every_step),
+        span=chunk * steps + levels(chunks, radix) * awaited + levels(chunks) * tree,
+        carried=sum(chunks - width for width in carries) * (awaited + 1) + (chunks > 1 and not every_step),
         products=products,
     )

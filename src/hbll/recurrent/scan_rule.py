@@ -10,6 +10,7 @@ coarse step (parareal, Lions et al. 2001; DEER, Lim et al. 2024, solves with eac
 All is taken on the trajectory of the last sweep: its states, their slopes, and the head's loss on what it ended in.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class ScanRule(RecurrentRule):
         chunk: G, time steps that are made one after the other.
         sweeps: K, evaluations of all steps.
         credit_sweeps: Kc, corrections of the credit.
+        radix: r; the corrections over M chunks take ceil(log_r M) levels, each of them a product of r matrices with as
+            many chunks' states. M is a single level, 2 the fewest operations.
         guess: what the starts are at first: ``zero``, or what a *predictor tree* over the M chunks says, whose cells are
             this module's parameters and learn from the corrected starts.
         shared: one coarse step for all chunks, of the mean over all steps, instead of one for each: log2 N products of
@@ -62,6 +65,7 @@ class ScanRule(RecurrentRule):
         chunk: int = 4,
         sweeps: int = 3,
         credit_sweeps: int = 1,
+        radix: int = 2,
         guess: str = "zero",
         shared: bool = False,
         adapt: float | None = None,
@@ -75,12 +79,15 @@ class ScanRule(RecurrentRule):
             )
         if guess not in ("zero", "tree"):
             raise ValueError(f"guess is zero or tree; got {guess!r}")
+        if radix < 2:
+            raise ValueError(f"radix is at least 2; got {radix}")
         cell = network.cell
         self.length = length
         self.chunk = min(chunk, length)
         self.chunks = -(-length // self.chunk)
         self.sweeps = sweeps
         self.credit_sweeps = credit_sweeps
+        self.radix = radix
         self.adapt = adapt
         self.predictor: ArcCells | None = None
         if guess == "tree" and self.chunks > 1:
@@ -100,7 +107,9 @@ class ScanRule(RecurrentRule):
         parts: those of the cell's state; an LSTM's credit, which goes back through two, needs two corrections.
         """
         chunk = 2 ** max(0, (length - 1).bit_length() // 2 - 1)
-        return {"chunk": chunk, "sweeps": min(3, -(-length // chunk)), "credit_sweeps": parts, "guess": "tree"}
+        chunks = -(-length // chunk)
+        radix = max(2, chunks if chunks <= 16 else math.isqrt(chunks - 1) + 1)  # one level, or two
+        return {"chunk": chunk, "sweeps": min(5, chunks), "credit_sweeps": parts, "radix": radix, "guess": "tree"}
 
     def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
         if len(x) != self.length:
@@ -111,7 +120,8 @@ class ScanRule(RecurrentRule):
         driven = cell.project(x)
         guess = self._guess(cell, x.detach())
         with torch.no_grad():
-            coarse = coarse_step(Slopes(self.direct, self.gated, self.gated), cell.weight_hh, self.chunk, self.chunks)
+            slopes = Slopes(self.direct, self.gated, self.gated)
+            coarse = coarse_step(slopes, cell.weight_hh, self.chunk, self.chunks, self.radix)
             starts = torch.cat([cell.initial(x.shape[2]).unsqueeze(0), guess.detach()])
             sweeps = self.sweeps if self.adapt is None else int(self.current)
             for _ in range(sweeps - 1):
@@ -141,6 +151,7 @@ class ScanRule(RecurrentRule):
             self.chunk,
             sweeps,
             self.credit_sweeps,
+            radix=self.radix,
             tree=self.predictor is not None,
             shared=self.shared,
             every_step=network.every_step,
@@ -159,9 +170,7 @@ class ScanRule(RecurrentRule):
             return cell.initial(x.shape[2]).expand(self.chunks - 1, -1, -1)
         return tree_states(self.predictor, x.permute(1, 2, 0, 3).flatten(2))
 
-    def _credit(
-        self, cell: Cell, slopes: Slopes, coarse: tuple[Tensor, ...], last: Tensor, own: Tensor | None
-    ) -> Tensor:
+    def _credit(self, cell: Cell, slopes: Slopes, coarse: scan.Matrices, last: Tensor, own: Tensor | None) -> Tensor:
         """The gradients in the new state of every step (G, M, B, S H).
 
         Args:
@@ -169,9 +178,9 @@ class ScanRule(RecurrentRule):
             own: (G, M, B, S H), that of every step's own loss.
         """
         ends = torch.cat([last.new_zeros(self.chunks - 1, *last.shape), last.unsqueeze(0)])
-        if own is None:  # the coarse step alone takes the last gradient to the first chunk
+        if own is None and coarse:  # the coarse step alone takes the last gradient to the first chunk
             pulled = torch.zeros_like(ends)
-            pulled[-1] = last @ coarse[0][-1]
+            pulled[-1] = last @ coarse[0][0][-1]
             ends = torch.cat([scan.correct_transposed(ends, pulled, coarse)[1:], ends[-1:]])
         for _ in range(self.credit_sweeps):
             _, pulled = pull(slopes, cell.weight_hh, ends, own)
