@@ -56,12 +56,18 @@ def sequences(folder: Path, part: str, length: int, permuted: bool) -> tuple[Ten
 
 
 def rule_of(method: str, network: RecurrentNetwork, length: int) -> RecurrentRule:
-    """A method of hbll.recurrent by its name, or the scan with other options as ``hbll-G-K-Kc-guess``."""
+    """A method of hbll.recurrent by its name, or the scan with other options as ``hbll-G-K-Kc-guess[-shared]``."""
     if not method.startswith("hbll-"):
         return make_rule(method, network, length)
-    _, chunk, sweeps, credit_sweeps, guess = method.split("-")
+    _, chunk, sweeps, credit_sweeps, guess, *rest = method.split("-")
     return ScanRule(
-        network, length, chunk=int(chunk), sweeps=int(sweeps), credit_sweeps=int(credit_sweeps), guess=guess
+        network,
+        length,
+        chunk=int(chunk),
+        sweeps=int(sweeps),
+        credit_sweeps=int(credit_sweeps),
+        guess=guess,
+        shared=rest == ["shared"],
     )
 
 
