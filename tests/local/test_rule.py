@@ -8,8 +8,8 @@ from torch import nn
 from hbll import Objective, TreeNetwork
 from hbll.cuts import SequentialNetwork
 from hbll.local.backpropagation import Backpropagation
-from hbll.local.methods import make_rule
 from hbll.local.rule import LocalRule, LocalStep, detached_pass, local_cost
+from hbll.methods import make_rule
 
 
 def plain():

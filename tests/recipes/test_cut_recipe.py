@@ -6,7 +6,7 @@ import pytest
 
 from hbll.cuts import SequentialNetwork
 from hbll.families import Bernoulli, Gaussian
-from hbll.local.methods import METHODS
+from hbll.methods import METHODS
 from hbll.recipes import RECIPES
 from hbll.training import metrics
 from hbll.training.compare import Comparison, compare

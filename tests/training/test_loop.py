@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hbll.local.methods import METHODS
+from hbll.methods import METHODS
 from hbll.objective import Objective
 from hbll.recipes import RECIPES
 from hbll.rule import PRESETS

@@ -1,4 +1,4 @@
-"""Local rules on networks cut into blocks, behind one interface; by name in ``hbll.local.methods``.
+"""Local rules on networks cut into blocks, behind one interface; by name in ``hbll.methods``.
 
 network = SequentialNetwork(*modules)         # the last one gives the logits; or a TreeNetwork, or an nn.Sequential
 rule = make_rule("bll", blocks=4).prepare(network, x)

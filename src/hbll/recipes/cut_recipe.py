@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hbll.local.methods import make_rule
+from hbll.methods import make_rule
 from hbll.protocols import TrainingRule
 from hbll.recipes.base import Recipe
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hbll.local.methods import METHODS
+from hbll.methods import METHODS
 from hbll.names import check_known
 from hbll.objective import Objective
 from hbll.protocols import TrainingRule

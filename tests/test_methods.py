@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from hbll.local.methods import METHODS
+from hbll.methods import METHODS
 from hbll.recipes import RECIPES
 from hbll.rule import PRESETS
 from hbll.training import checkpoint, metrics
