@@ -21,6 +21,7 @@ Histories = Mapping[str, Sequence[Sequence[Metrics]]]
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d", "#64748b")
 _MARKERS = "osD^vPX*"
+_LOOKS = [{"color": colour, "linestyle": line} for line in ("-", "--", ":") for colour in _COLOURS]
 
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own font
@@ -46,11 +47,11 @@ def learning_curves(histories: Histories, measure: Measure) -> str:
     with mpl.rc_context(_STYLE):
         figure = Figure((7.2, 4.0), layout="constrained")
         axes = figure.subplots()
-        for colour, (method, runs) in zip(cycle(_COLOURS), histories.items(), strict=False):
+        for look, (method, runs) in zip(cycle(_LOOKS), histories.items(), strict=False):
             curves = _scaled([[line.chain for line in run] for run in runs], measure)
             epochs = [line.epoch for line in runs[0]]
-            axes.plot(epochs, curves.mean(0), color=colour, label=method)
-            axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+            axes.plot(epochs, curves.mean(0), **look, label=method)
+            axes.fill_between(epochs, curves.min(0), curves.max(0), color=look["color"], alpha=0.15, linewidth=0)
         axes.set(xlabel="epoch", ylabel=f"chain: {measure.axis}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper left", ncols=6)
@@ -63,14 +64,14 @@ def by_path(histories: Histories, measure: Measure) -> str:
         figure = Figure((7.2, 4.0), layout="constrained")
         axes = figure.subplots()
         ticks: set[int] = set()  # methods may differ in their paths
-        styles = zip(cycle(_COLOURS), cycle(_MARKERS), histories.items(), strict=False)
-        for colour, marker, (method, runs) in styles:
+        styles = zip(cycle(_LOOKS), cycle(_MARKERS), histories.items(), strict=False)
+        for look, marker, (method, runs) in styles:
             paths = [sorted(run[-1].paths, key=lambda path: path["blocks"]) for run in runs]
             values = _scaled(paths, measure)
             middle = values.mean(0)
             ranges = np.maximum(0, [middle - values.min(0), values.max(0) - middle])  # a mean is rounded
             blocks = [path["blocks"] for path in paths[0]]
-            axes.errorbar(blocks, middle, ranges, color=colour, marker=marker, capsize=3, label=method)
+            axes.errorbar(blocks, middle, ranges, **look, marker=marker, capsize=3, label=method)
             ticks.update(blocks)
         *shorter, chain = sorted(ticks)
         axes.set_xscale("log", base=2)

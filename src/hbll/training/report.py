@@ -22,7 +22,7 @@ _PAGE = Template(
 <title>$title</title>
 <style>
 body { font: 16px/1.55 system-ui, sans-serif; color: #1e293b; background: #f8fafc; margin: 0; }
-main { max-width: 800px; margin: 0 auto; padding: 40px 24px 64px; }
+main { max-width: 880px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 8px; }
 h2 { font-size: 19px; margin: 0 0 4px; }
 p { margin: 0 0 12px; color: #475569; }
@@ -32,7 +32,7 @@ svg { width: 100%; height: auto; display: block; font-family: system-ui, sans-se
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid #e2e8f0; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td:first-child { white-space: normal; overflow-wrap: anywhere; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 5em; }
 th { font-weight: 600; font-size: 14px; color: #64748b; }
 tr:last-child td { border-bottom: none; }
 code { font: 14px ui-monospace, monospace; }
