@@ -5,9 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.test_counters import Meter
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hbll import TreeNetwork
 from hbll.bll import BLL, evidence, prototype_loss
@@ -183,26 +182,6 @@ def test_states_may_change_shape_from_block_to_block(feedback):
         assert [m.out_features for m in rule.maps] == [4 * 2 * 2, 6 * 2 * 2]
 
 
-class LongestChain(TorchDispatchMode):
-    """The most matrix products of which each needs the one before; depths belong to storages, which views share."""
-
-    def __init__(self):
-        super().__init__()
-        self.span, self._depths = 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        out = func(*args, **(kwargs or {}))
-        depth = max((self._depths.get(storage._cdata, (0,))[0] for storage in given), default=0)
-        depth += func == torch.ops.aten.mm.default
-        self.span = max(self.span, depth)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self._depths[storage._cdata] = depth, storage  # kept alive: its address must not be used again
-        return out
-
-
 def chain_of(feedback, blocks):
     torch.manual_seed(0)
     network = SequentialNetwork(
@@ -210,7 +189,7 @@ def chain_of(feedback, blocks):
     )
     x, y = torch.randn(7, 5), torch.arange(7) % CLASSES
     rule = BLL(feedback, iterations=2).prepare(network, x)
-    with LongestChain() as chain:
+    with Meter() as chain:
         step = rule(network, x, y)
         step.loss.backward()
     return step, chain.span

@@ -6,23 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.reference import parents
-from tests.test_objective import WIDTH, Layer, assert_equal_gradients, gradients, mlp
+from tests.test_objective import WIDTH, Residual, assert_equal_gradients, gradients, residual
 from torch import nn
 
 import hbll
 
 every_engine = pytest.mark.parametrize("engine", ["loop", "batched"])
-
-
-class Residual(Layer):
-    """A tanh layer with a skip around it."""
-
-    def forward(self, state):
-        return state + super().forward(state)
-
-
-def residual(nodes=8, seed=0):
-    return mlp(nodes, block=Residual, seed=seed)
 
 
 def predicted(jumps, z0, guess="tree"):

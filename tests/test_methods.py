@@ -1,16 +1,14 @@
 """Every local rule by name through the training loop: runs resume bit-exactly and are evaluated by the rule's readouts."""
 
-import signal
-from dataclasses import replace
-
 import pytest
+from tests.stopping import stopped_and_resumed
 
 from hbll.methods import METHODS
 from hbll.recipes import RECIPES
 from hbll.rule import PRESETS
 from hbll.training import checkpoint, metrics
 from hbll.training.evaluate import evaluate_run
-from hbll.training.loop import Interrupted, train
+from hbll.training.loop import train
 from hbll.training.run import Run
 
 
@@ -18,16 +16,8 @@ from hbll.training.run import Run
 def test_a_run_is_trained_resumed_and_evaluated(tmp_path, method):
     recipe = RECIPES["digits"](blocks=2, width=16, epochs=1, train_samples=300)
     whole = Run(recipe=recipe, method=method, seed=0, folder=tmp_path / "whole")
-    stopped = replace(whole, folder=tmp_path / "stopped")
     train(whole)
-
-    def press_ctrl_c(done, steps):
-        if done == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        train(stopped, on_step=press_ctrl_c)
-    train(stopped, resume=True)
+    stopped = stopped_and_resumed(whole, tmp_path / "stopped", after=2)
     ours, theirs = (checkpoint.load(run.checkpoint_file) for run in (whole, stopped))
     for part in ("network", "objective"):
         assert all(value.equal(theirs[part][name]) for name, value in ours[part].items())

@@ -96,6 +96,17 @@ def transformer(nodes=8, seed=0, dropout=0.0):
     return net, torch.randint(11, (BATCH, TOKENS)), torch.randint(CLASSES, (BATCH, TOKENS))
 
 
+class Residual(Layer):
+    """A tanh layer with a skip around it."""
+
+    def forward(self, state):
+        return state + super().forward(state)
+
+
+def residual(nodes=8, seed=0):
+    return mlp(nodes, block=Residual, seed=seed)
+
+
 KINDS = {"mlp": (mlp, -1), "convolutional": (convolutional, -3), "transformer": (transformer, -1)}
 RULES = [(boundary, scope) for boundary in ("posterior", "prior") for scope in ("block", "triplet", "tree")]
 every_engine = pytest.mark.parametrize("engine", ["loop", "batched"])

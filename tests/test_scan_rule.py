@@ -13,11 +13,11 @@ from tests.test_objective import (
     INPUTS,
     KINDS,
     WIDTH,
-    Layer,
     assert_equal_gradients,
     convolutional,
     gradients,
     mlp,
+    residual,
     transformer,
 )
 from torch import nn
@@ -25,17 +25,6 @@ from torch import nn
 import hbll
 
 every_engine = pytest.mark.parametrize("engine", ["loop", "batched"])
-
-
-class Residual(Layer):
-    """A tanh layer with a skip around it."""
-
-    def forward(self, state):
-        return state + super().forward(state)
-
-
-def residual(nodes=8, seed=0):
-    return mlp(nodes, block=Residual, seed=seed)
 
 
 RESIDUAL = {"mlp": residual, "convolutional": convolutional, "transformer": transformer}

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll.families import FAMILIES, Family, Gaussian, product
+from hbll.local.features import cosines
 from hbll.local.inverted_arcs import inverted_step
 from hbll.local.rule import Blocks, LocalRule, LocalStep, detached_pass, local_cost
 from hbll.losses import mean_loss
@@ -160,9 +161,3 @@ def prototype_loss(z: Tensor, prototypes: Tensor, y: Tensor) -> Tensor:
     correlation = 1 - F.cosine_similarity(z, own - own.mean(1, keepdim=True)).mean()
     similarity = (cosines(z) - cosines(own)).square().mean()
     return classification + correlation + similarity + F.mse_loss(prototypes[y], z.detach())
-
-
-def cosines(rows: Tensor) -> Tensor:
-    """The cosine between any two rows, (B, B)."""
-    unit = F.normalize(rows)
-    return unit @ unit.T

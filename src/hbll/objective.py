@@ -6,6 +6,7 @@ step.loss.backward()                      # any torch optimizer then moves netwo
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +25,7 @@ from hbll.stages import Stages
 from hbll.states import STATES, ScanStates
 from hbll.trace import Trace, attach_gradients, per_sample, wide
 
-__all__ = ["NodeReport", "Objective", "Step"]
+__all__ = ["NodeReport", "Objective", "Step", "gradient_cosines"]
 
 
 @dataclass(frozen=True)
@@ -269,16 +270,31 @@ class Objective(nn.Module):
 
     def _cosines(self, network: TreeNetwork, step: Step, x: Any, y: Any) -> dict[int, float]:
         exact = Objective("bp", loss=self.rule.loss, engine="loop")(network, x, y)
-        owned = [list(block.parameters()) for block in network.blocks]
-        flat = [p for block in owned for p in block if p.requires_grad]
-        if not flat:
-            return {}
-        ours = dict(zip(flat, torch.autograd.grad(step.loss, flat, materialize_grads=True), strict=True))
-        theirs = dict(zip(flat, torch.autograd.grad(exact.loss, flat, materialize_grads=True), strict=True))
-        cosines = {}
-        for n, numbers in enumerate(step.trace.stages.numbers, 1):
-            trained = [p for b in numbers for p in owned[b - 1] if p.requires_grad]
-            if trained:
-                mine, other = (torch.cat([g[p].flatten() for p in trained]) for g in (ours, theirs))
-                cosines[n] = torch.cosine_similarity(mine, other, dim=0).item()
-        return cosines
+        stages = enumerate(step.trace.stages.numbers, 1)
+        owned = {n: [p for b in numbers for p in network.blocks[b - 1].parameters()] for n, numbers in stages}
+        return gradient_cosines(step.loss, exact.loss, owned)
+
+
+def gradient_cosines(ours: Tensor, exact: Tensor, owned: Mapping[int, Sequence[nn.Parameter]]) -> dict[int, float]:
+    """The cosine between the gradients of two losses, for every node with trainable parameters.
+
+    Args:
+        ours, exact: scalars with graph.
+        owned: the parameters of every node.
+    """
+    trained = {n: [p for p in parameters if p.requires_grad] for n, parameters in owned.items()}
+    flat = [p for parameters in trained.values() for p in parameters]
+    if not flat:
+        return {}
+    mine, others = (
+        dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True), strict=True)) for loss in (ours, exact)
+    )
+
+    def joined(gradients: dict[nn.Parameter, Tensor], n: int) -> Tensor:
+        return torch.cat([gradients[p].flatten() for p in trained[n]])
+
+    return {
+        n: torch.cosine_similarity(joined(mine, n), joined(others, n), dim=0).item()
+        for n, parameters in trained.items()
+        if parameters
+    }

@@ -55,18 +55,16 @@ def windows(matrices: Tensor, segments: int, radix: int = 2) -> Matrices:
         For every level the products of w neighbours for each of its ``widths``, (M - w + 1, H, H): entry m is
         P_{m+w-1} .. P_m. Both directions use them.
     """
-    products = {1: matrices}
-    for level, row in enumerate(widths(segments, radix)):
+    rows, products = widths(segments, radix), {1: matrices}
+    shared = len(matrices) < segments
+    for level, row in enumerate(rows):
         for width in row[level == 0 :]:
             # From two halves, so that all are there after a logarithm of products.
             unit = radix**level if width > radix**level else radix ** (level - 1)
             half = width // unit // 2 * unit
             first, second = products[half], products[width - half]
-            shared = len(matrices) < segments
             products[width] = second @ first if shared else second[half:] @ first[: len(second) - half]
-    return tuple(
-        tuple(products[width].expand(segments - width + 1, -1, -1) for width in row) for row in widths(segments, radix)
-    )
+    return tuple(tuple(products[width].expand(segments - width + 1, -1, -1) for width in row) for row in rows)
 
 
 def correct(starts: Tensor, outs: Tensor, coarse: Coarse) -> Tensor:

@@ -1,15 +1,13 @@
 """Recipes whose state is more than a vector, under every preset: they train, go on after an interruption, are evaluated."""
 
-import signal
-from dataclasses import replace
-
 import pytest
+from tests.stopping import stopped_and_resumed
 
 from hbll.recipes import RECIPES
 from hbll.rule import PRESETS
 from hbll.training import checkpoint, metrics
 from hbll.training.evaluate import evaluate_run
-from hbll.training.loop import Interrupted, train
+from hbll.training.loop import train
 from hbll.training.run import Run
 
 SMALL = [
@@ -26,16 +24,8 @@ def weights(run):
 @pytest.mark.parametrize("method", PRESETS)
 def test_a_run_is_trained_resumed_and_evaluated(small_data, tmp_path, recipe, method):
     whole = Run(recipe=recipe, method=method, seed=0, folder=tmp_path / "whole", data_dir=small_data)
-    stopped = replace(whole, folder=tmp_path / "stopped")
     train(whole)
-
-    def press_ctrl_c(done, steps):
-        if done == 1:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        train(stopped, on_step=press_ctrl_c)
-    train(stopped, resume=True)
+    stopped = stopped_and_resumed(whole, tmp_path / "stopped", after=1)
     ends = weights(stopped)
     assert all(value.equal(ends[name]) for name, value in weights(whole).items())
     paths = evaluate_run(stopped.folder)

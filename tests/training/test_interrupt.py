@@ -5,6 +5,14 @@ import pytest
 from hbll.training.interrupt import deferred_interrupt
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """A shell starts background jobs deaf to interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_the_first_interrupt_only_asks_and_the_second_interrupts():
     with deferred_interrupt() as interrupted:
         assert not interrupted()

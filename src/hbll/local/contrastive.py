@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hbll.local.features import by_pixel
+from hbll.local.features import by_pixel, cosines
 from hbll.local.rule import Blocks, LocalRule, LocalStep, detached_pass, local_cost
 from hbll.losses import mean_loss
 
@@ -23,8 +22,7 @@ def contrastive_loss(state: Tensor, y: Tensor, temperature: float, margin: float
         state: (B, ...).
         y: classes, (B,). A sample that is alone with its class in the batch adds nothing.
     """
-    features = F.normalize(by_pixel(state).mean(2), dim=1)
-    cosine = features @ features.mT
+    cosine = cosines(by_pixel(state).mean(2))
     itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
     positive = (y[:, None] == y) & ~itself
     logits = torch.where(positive, (cosine + margin).clamp(max=1), cosine) / temperature

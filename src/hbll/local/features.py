@@ -1,8 +1,9 @@
-"""The features of a state, apart from its pixels or tokens."""
+"""The features of a state, apart from its pixels or tokens, and how alike those of two samples are."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["by_pixel"]
+__all__ = ["by_pixel", "cosines"]
 
 
 def by_pixel(state: Tensor) -> Tensor:
@@ -10,3 +11,9 @@ def by_pixel(state: Tensor) -> Tensor:
     if state.ndim == 2:
         return state.unsqueeze(2)
     return state.flatten(2) if state.ndim == 4 else state.mT
+
+
+def cosines(rows: Tensor, eps: float = 1e-12) -> Tensor:
+    """The cosine between any two rows, (B, B), where norms count as at least ``eps``."""
+    unit = F.normalize(rows, eps=eps)
+    return unit @ unit.T

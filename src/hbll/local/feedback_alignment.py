@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hbll.local.rule import Blocks, LocalRule, LocalStep, detached_pass
+from hbll.local.rule import Blocks, LocalRule, LocalStep, detached_pass, local_cost
 from hbll.losses import mean_loss
 from hbll.trace import attach_gradients
 
@@ -37,6 +37,6 @@ class DirectFeedbackAlignment(LocalRule):
             for output, feedback in zip(outputs, self.feedback.buffers(), strict=True)
         ]
         losses[-1] = losses[-1] + head_loss
+        work, _ = local_cost(blocks.segments)
         forward = sum(segment.cost for segment in blocks.segments)
-        work = forward + sum(segment.backward_work for segment in blocks.segments)
         return LocalStep(losses, work, forward + max(segment.backward_span for segment in blocks.segments))

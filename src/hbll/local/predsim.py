@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbll.local.features import by_pixel
+from hbll.local.features import by_pixel, cosines
 from hbll.local.rule import Blocks, LocalRule, LocalStep, detached_pass, local_cost
 from hbll.losses import mean_loss
 
@@ -22,8 +22,7 @@ def similarity_matrix(state: Tensor) -> Tensor:
     """
     features = by_pixel(state)
     features = features.squeeze(2) if features.shape[2] == 1 else features.std(2)
-    centred = F.normalize(features - features.mean(1, keepdim=True), dim=1, eps=1e-8)
-    return centred @ centred.mT
+    return cosines(features - features.mean(1, keepdim=True), eps=1e-8)
 
 
 def similarity_loss(state: Tensor, y: Tensor, classes: int) -> Tensor:

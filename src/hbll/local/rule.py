@@ -16,7 +16,7 @@ from hbll.cuts import Part, Segment, cut, parts
 from hbll.layout import Layout, Readout
 from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.network import evaluating
-from hbll.objective import NodeReport
+from hbll.objective import NodeReport, gradient_cosines
 
 __all__ = ["Blocks", "LocalRule", "LocalStep", "detached_pass", "local_cost"]
 
@@ -148,17 +148,8 @@ class LocalRule(nn.Module):
         with evaluating(network):
             step = self(network, x, y)
             exact = mean_loss(self.loss, network(x), y)
-        owned = [[p for p in segment.parameters if p.requires_grad] for segment in blocks.segments]
-        flat = [p for block in owned for p in block]
-        ours, theirs = (
-            dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True, allow_unused=True), strict=True))
-            for loss in (step.loss, exact)
-        )
-        cosines = {}
-        for k, block in enumerate(owned, 1):
-            if block:
-                mine, other = (torch.cat([gradients[p].flatten() for p in block]) for gradients in (ours, theirs))
-                cosines[k] = torch.cosine_similarity(mine, other, dim=0).item()
+        owned = {k: segment.parameters for k, segment in enumerate(blocks.segments, 1)}
+        cosines = gradient_cosines(step.loss, exact, owned)
         return {k: replace(report, cosine=cosines.get(k)) for k, report in step.nodes.items()}
 
     def readouts(self, network: Any) -> list[Readout]:
