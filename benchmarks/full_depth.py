@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hbll
+from hbll.data import Samples
 from hbll.data.augment import crop_and_flip
 from hbll.data.cifar import cifar10
 from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
+from hbll.training.memory import step_memory
 
 RULES: dict[str, tuple[str, dict]] = {
     "bp": ("bp", {}),
@@ -195,7 +197,7 @@ def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
     parameters = [*task.network.parameters(), *objective.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, task.steps, pct_start=0.05)
-    batches, seconds, diagnosis = task.batches(), 0.0, None
+    batches, seconds, work, span = task.batches(), 0.0, 0, 0
     for done in range(1, task.steps + 1):
         x, y = next(batches)
         began = time.perf_counter()
@@ -208,18 +210,19 @@ def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
         if device.type == "cuda" and done % 50 == 0:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - began
+        work, span = work + step.work, span + step.span
         if done % task.steps_per_line == 0 or done == task.steps:
             line = {"task": options.task, "blocks": blocks, "rule": rule, "seed": seed, "step": done, "of": task.steps}
-            line |= task.measure() | {"seconds": seconds, "work": step.work, "span": step.span}
-            line["relative_work"], line["span_of_bp"] = step.work / (3 * blocks), step.span / (2 * blocks)
-            if device.type == "cuda":
-                line["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            line |= task.measure() | {"seconds": seconds, "work": work / done, "span": span / done}
+            line["relative_work"], line["span_of_bp"] = line["work"] / (3 * blocks), line["span"] / (2 * blocks)
             if step.defect is not None:
                 line["defect"] = step.defect.item()
             if rule != "pipeline":
                 diagnosis = objective.diagnose(task.network, *task.probe())
                 cosines = [report.cosine for report in diagnosis.values() if report.cosine is not None]
                 line["cosine"] = [round(c, 3) for c in cosines]
+            if done == task.steps:
+                line["peak_mib"] = step_memory(task.network, objective, Samples(x, y)) / 2**20
             with (options.out / "full_depth.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
