@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hbll.blocks import Evaluation, stack
-from hbll.coarse import COARSE
 from hbll.inversion import gauss_newton, taylor
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
-from hbll.scan import correct_transposed
+from hbll.scan import Coarse, correct_transposed
 from hbll.stages import Stages, fresh_copy
 from hbll.trace import Correction, Trace, attach_gradients, per_sample, wide
 from hbll.tree import Tree
@@ -87,7 +86,7 @@ class Arc:
     length: int = 0
     known: int = 0
 
-    def invert(self, trace: Trace, rule: Rule, weight: float = 1.0, side: float = 1.0) -> None:
+    def invert(self, trace: Trace, rule: Rule, weight: float = 1.0) -> None:
         """Adds the nodes' corrections to the trace, and the loss that trains what the arc leads through.
 
         One backward walk gives the gradient in the states and in the parameters; both are multiplied by ``weight``.
@@ -95,8 +94,7 @@ class Arc:
         prior = trace.outputs(self.nodes).requires_grad_()
         prediction = self.predict(prior)
         errors = self.errors(prediction.outputs)
-        sides = torch.tensor([1.0 if n == trace.stages.nodes[-1] else side for n in self.nodes])
-        total = (errors.mean * sides).sum() if weight == 1.0 else weight * errors.mean.sum()
+        total = errors.mean.sum() if weight == 1.0 else weight * errors.mean.sum()
         if trace.observer:
             trace.observer(self.nodes, total)
         gradient, *for_parameters = torch.autograd.grad(
@@ -105,8 +103,6 @@ class Arc:
             retain_graph=rule.inversion == "exact",
             materialize_grads=True,  # a block may own parameters that it does not use
         )
-        if side != 1:
-            gradient = gradient / sides.view(-1, *(1,) * (gradient.ndim - 1))
         depth = trace.depth("output", self.nodes) + self.length
         trace.count(self.blocks, depth)
         depth = max(depth, self.known) + self.length
@@ -207,8 +203,7 @@ class ScanCredit(Credit):
 
     def __init__(self, rule: Rule) -> None:
         super().__init__(rule)
-        self.coarse = COARSE[rule.coarse]()
-        self.coarse.transposed = True
+        self.coarse: Coarse = "identity" if rule.coarse == "skip" else None
 
     def finish(self, trace: Trace) -> None:
         nodes = trace.stages.nodes
@@ -225,17 +220,9 @@ class ScanCredit(Credit):
                 for wave in trace.waves:
                     if self.rule.credit_sweeps and wave.nodes[0] > n:
                         trace.observer((n,), wave.evaluation.outputs)
-        coarse = self.coarse(len(nodes))
-        dim = trace.family.dim
-        for k in range(self.rule.credit_sweeps):
+        for _ in range(self.rule.credit_sweeps):
             pulled, depth = trace.pull_back(credit, depth)
-            if self.rule.coarse == "channels" and k + 1 == self.rule.credit_sweeps:
-                # transposed
-                self.coarse.learn(credit.movedim(dim, -1).flatten(1, -2), pulled.movedim(dim, -1).flatten(1, -2))
-            if coarse == "identity" or coarse is None:
-                starts = correct_transposed(credit, pulled, coarse)
-            else:
-                starts = correct_transposed(credit.movedim(dim, -1), pulled.movedim(dim, -1), coarse).movedim(-1, dim)
+            starts = correct_transposed(credit, pulled, self.coarse)
             at_input, credit = starts[0], torch.cat([starts[1:], at_head.unsqueeze(0)])
         embedded = trace.boundary[0]
         if embedded.requires_grad:
@@ -273,7 +260,7 @@ class SpineCredit(Credit):
         for n in chosen:
             apart.setdefault(n if trace.observer else trace.depth("output", [n]), []).append(n)
         for together in apart.values():
-            self._arc(trace, tuple(together)).invert(trace, self.rule, weight, self.rule.side)
+            self._arc(trace, tuple(together)).invert(trace, self.rule, weight)
 
     def _head(self, trace: Trace, node: int) -> nn.Module:
         if self.rule.heads == "shared" or node == trace.stages.nodes[-1]:

@@ -62,14 +62,13 @@ class Rule:
     them or each on the embedded input."""
     jumps: Sequence[nn.Module] = ()
     """The blocks of the predictors, one per stage; by default fresh copies of each stage's last block."""
-    coarse: Literal["skip", "channels", "none"] = "skip"
+    coarse: Literal["skip", "none"] = "skip"
     """How a sweep carries a correction across a stage: unchanged, as skip connections do, or not at all."""
     spine: Literal["doubling", "right", "last", "none"] = "doubling"
     """The stages whose last blocks spine credit passes on its way to the head: 1, 3, 7, .. on; the right parents; the last
     one alone; none."""
     spine_share: float = 1.0
     """Share of the stages, drawn anew each step, that receive spine credit; theirs is scaled up to make up for it."""
-    side: float = 1.0
     heads: Literal["shared", "own"] = "shared"
     """Whether a spine ends at the network's head or, except the last stage's, at a fresh copy of the stage's own."""
     rim: float = 0.0

@@ -4,19 +4,16 @@ A states module is called with the trace and the credit module. It evaluates eve
 earlier node, and decides what boundary the next ones see.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 
 from hbll.blocks import stack
-from hbll.coarse import COARSE
 from hbll.credit import Credit
 from hbll.guess import GUESSES
 from hbll.late_buffers import register_late_buffers
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
-from hbll.scan import correct, defect
+from hbll.scan import Coarse, correct, defect
 from hbll.stages import Stages
 from hbll.trace import Trace, assemble
 
@@ -90,14 +87,13 @@ class ScanStates(States):
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
-        self.coarse = COARSE[rule.coarse]()
+        self.coarse: Coarse = "identity" if rule.coarse == "skip" else None
         self.guess = GUESSES[rule.guess](rule)
 
     def prepare(self, network: TreeNetwork, stages: Stages) -> None:
         self.guess.prepare(network, stages)
 
     def forward(self, trace: Trace, credit: Credit) -> None:
-        self._pairs = []
         states = self.sweep(trace, self.rule.sweeps - 1, self.rule.tolerance)
         nodes = trace.stages.nodes
         inputs = self._inputs(trace, states)
@@ -106,14 +102,7 @@ class ScanStates(States):
             group = tuple(nodes[p] for p in positions)
             wave = trace.add_wave(group, tuple(n - 1 for n in group), inputs[positions], trace.clock)
             parts.append((positions, wave.evaluation.outputs.detach()))
-        outs = assemble(parts)
-        corrected = correct_features(inputs, outs, self._coarse, trace.family.dim)
-        self._pairs.append((inputs, outs))
-        if self.rule.coarse == "channels" and len(self._pairs) > 1:
-            d = trace.family.dim
-            ch = [rows(b[0] - a[0], d) for a, b in pairwise(self._pairs)]
-            re = [rows(b[1] - a[1], d) for a, b in pairwise(self._pairs)]
-            self.coarse.learn(torch.cat(ch, 1), torch.cat(re, 1))
+        corrected = correct(inputs, assemble(parts), self.coarse)
         trace.defect = defect(corrected, states)
         trace.head_state = corrected[-1]
         self.guess.learn(trace, corrected)
@@ -121,12 +110,9 @@ class ScanStates(States):
     def sweep(self, trace: Trace, sweeps: int, tolerance: float | None) -> Tensor:
         """The outputs h_1 .. h_S of all stages, (S, B, ...), after that many sweeps without graph from the guess."""
         states = self.guess(trace)
-        self._coarse = self.coarse(len(trace.stages.nodes))
         for _ in range(sweeps):
             inputs = self._inputs(trace, states)
-            outs = trace.sweep(inputs)
-            last, states = states, correct_features(inputs, outs, self._coarse, trace.family.dim)
-            self._pairs.append((inputs, outs))
+            last, states = states, correct(inputs, trace.sweep(inputs), self.coarse)
             if tolerance is not None and defect(states, last) <= tolerance:
                 break
         return states
@@ -134,16 +120,6 @@ class ScanStates(States):
     @staticmethod
     def _inputs(trace: Trace, states: Tensor) -> Tensor:
         return torch.cat([trace.boundary[0].detach().unsqueeze(0), states[:-1]])
-
-
-def rows(x, dim):
-    return x.movedim(dim, -1).flatten(1, -2)
-
-
-def correct_features(starts, outs, coarse, dim):
-    if coarse is None or coarse == "identity":
-        return correct(starts, outs, coarse)
-    return correct(starts.movedim(dim, -1), outs.movedim(dim, -1), coarse).movedim(-1, dim)
 
 
 class StreamStates(States):
