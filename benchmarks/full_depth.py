@@ -11,6 +11,7 @@ backpropagation's on 256 training samples.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -30,6 +31,7 @@ from hbll.data.augment import crop_and_flip
 from hbll.data.cifar import cifar10
 from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
+from hbll.objective import gradient_cosines
 from hbll.training.memory import step_memory
 
 RULES: dict[str, tuple[str, dict]] = {
@@ -37,6 +39,13 @@ RULES: dict[str, tuple[str, dict]] = {
     "paper": ("paper", {"variance": 10.0}),
     "tree": ("tree", {"variance": 10.0}),
     "scan G1 K4 C2 mean": ("scan", {"sweeps": 4, "credit_sweeps": 2}),
+    "scan G1 K2 C2 stream": ("scan", {"sweeps": 2, "credit_sweeps": 2, "guess": "stream"}),
+    "scan G1 K3 C2 stream": ("scan", {"sweeps": 3, "credit_sweeps": 2, "guess": "stream"}),
+    "scan G1 K3 C3 stream": ("scan", {"sweeps": 3, "credit_sweeps": 3, "guess": "stream"}),
+    "scan G1 K4 C6 stream": ("scan", {"sweeps": 4, "credit_sweeps": 6, "guess": "stream"}),
+    "scan G2 K3 C3 stream": ("scan", {"stage": 2, "sweeps": 3, "credit_sweeps": 3, "guess": "stream"}),
+    "scan G2 K3 C5 stream": ("scan", {"stage": 2, "sweeps": 3, "credit_sweeps": 5, "guess": "stream"}),
+    "scan G3 K3 C2 stream": ("scan", {"stage": 3, "sweeps": 3, "credit_sweeps": 2, "guess": "stream"}),
     "scan G1 K3 C3 mean": ("scan", {"sweeps": 3, "credit_sweeps": 3}),
     "scan G1 K6 C4 mean": ("scan", {"sweeps": 6, "credit_sweeps": 4}),
     "scan G1 K8 C6 mean": ("scan", {"sweeps": 8, "credit_sweeps": 6}),
@@ -186,6 +195,20 @@ class Words(Characters):
 TASKS = {"images": Images, "characters": Characters, "words": Words}
 
 
+def cosines(objective: hbll.Objective, network: hbll.TreeNetwork, x: Tensor, y: Tensor) -> list[float]:
+    """Between the stages' updates and backpropagation's, one per stage; none where a step learns from several batches."""
+    if objective.rule.credit == "late":
+        return []
+    if objective.rule.guess != "stream":
+        return [r.cosine for r in objective.diagnose(network, x, y).values() if r.cosine is not None]
+    # Of a batch that comes out of the pipeline with the states of older weights, as in training.
+    step = copy.deepcopy(objective)(network, x, y)
+    exact = hbll.Objective("bp")(network, step.trace.x, step.trace.y)
+    numbers = enumerate(objective.stages(network).numbers, 1)
+    owned = {n: [p for b in blocks for p in network.blocks[b - 1].parameters()] for n, blocks in numbers}
+    return list(gradient_cosines(step.loss, exact.loss, owned).values())
+
+
 def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
     blocks, rule, seed = job
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -217,10 +240,8 @@ def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
             line["relative_work"], line["span_of_bp"] = line["work"] / (3 * blocks), line["span"] / (2 * blocks)
             if step.defect is not None:
                 line["defect"] = step.defect.item()
-            if rule != "pipeline":
-                diagnosis = objective.diagnose(task.network, *task.probe())
-                cosines = [report.cosine for report in diagnosis.values() if report.cosine is not None]
-                line["cosine"] = [round(c, 3) for c in cosines]
+            sample = (x, y) if objective.rule.guess == "stream" else task.probe()
+            line["cosine"] = [round(cosine, 3) for cosine in cosines(objective, task.network, *sample)]
             if done == task.steps:
                 line["peak_mib"] = step_memory(task.network, objective, Samples(x, y)) / 2**20
             with (options.out / "full_depth.jsonl").open("a") as file:

@@ -1,6 +1,9 @@
-"""First guesses of the chain's states, which sweeps then correct: a running mean, or predictors of one level or a tree."""
+"""First guesses of the chain's states, which sweeps then correct: a running mean, predictors of one level or a tree, or the
+states that the batch had a step before."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +14,10 @@ from hbll.late_buffers import register_late_buffers
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.stages import Stages, fresh_copy
-from hbll.trace import Trace, attach_gradients, wide
+from hbll.trace import Trace, attach_gradients, check_batch, wide
 from hbll.tree import Tree
 
-__all__ = ["GUESSES", "Guess", "MeanGuess", "StarGuess", "TreeGuess"]
+__all__ = ["GUESSES", "Guess", "MeanGuess", "StarGuess", "StreamGuess", "TreeGuess"]
 
 
 class Guess(nn.Module):
@@ -132,8 +135,74 @@ class StarGuess(TreeGuess):
         return [dict.fromkeys(tree.chain, 0)]
 
 
+class StreamGuess(Guess):
+    """The batch's own states, computed in the steps before, while those steps' sweeps were made.
+
+    A step waits for K + K_c + 1 evaluations of a stage, one after the other; in this time every batch in flight passes as many
+    stages. One whose states are complete takes the place of the batch at hand, which enters: the rule learns from a
+    batch D = ceil((S - 1) / (K + K_c + 1)) steps after it came in. Its states are those of weights at most D steps old;
+    the sweeps bring them up to date. In evaluation mode, and in the first D steps, the batch at hand passes all stages in
+    order.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.stages_per_step = rule.sweeps + rule.credit_sweeps + 1
+        self.flight: list[tuple[Any, Any, list[Tensor]]] = []
+        """Input, labels and the states so far, from the embedded input on, of every batch in flight, oldest first."""
+
+    def forward(self, trace: Trace) -> Tensor:
+        delay = math.ceil((len(trace.stages.nodes) - 1) / self.stages_per_step)
+        if not self.training or not delay:
+            return self._in_order(trace)
+        if len(self.flight) < delay:
+            self._advance(trace)
+            return self._in_order(trace)
+        x, y, states = self.flight.pop(0)
+        self._advance(trace)
+        trace.exchange(x, y)
+        return torch.stack([*states[1:], states[-1]])  # nothing starts from the last state
+
+    def _advance(self, trace: Trace) -> None:
+        """Lets the batch at hand in, and every batch in flight some stages on."""
+        embedded = trace.boundary[0].detach()
+        for _, _, states in self.flight:
+            check_batch("guess='stream'", embedded, states[0])
+        self.flight.append((trace.x, trace.y, [embedded]))
+        last = trace.stages.nodes[-1]
+        for turn in range(1, self.stages_per_step + 1):
+            moving = {len(states): states for _, _, states in self.flight if len(states) < last}
+            if moving:
+                nodes = tuple(sorted(moving))
+                outputs = trace.peek(nodes, torch.stack([moving[n][-1] for n in nodes]))
+                trace.count(trace.stages.size(nodes), turn * trace.stages.depth(trace.stages.nodes))
+                for n, state in zip(nodes, outputs.unbind(0), strict=True):
+                    moving[n].append(state)
+
+    @staticmethod
+    def _in_order(trace: Trace) -> Tensor:
+        state, states = trace.boundary[0].detach(), []
+        for n in trace.stages.nodes:
+            state = trace.peek((n,), state.unsqueeze(0)).squeeze(0)
+            states.append(state)
+            trace.clock += trace.stages.depth([n])
+            trace.count(trace.stages.size([n]), trace.clock)
+        return torch.stack(states)
+
+    def learn(self, trace: Trace, states: Tensor) -> None:
+        """Nothing: it has no parameters."""
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Everything in flight, for checkpoints."""
+        return {"flight": list(self.flight)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes up what ``get_extra_state`` gave."""
+        self.flight = [(x, y, list(states)) for x, y, states in state["flight"]]
+
+
 def _rows(states: Tensor, nodes: Sequence[int]) -> Tensor:
     return torch.stack([states[n - 1] for n in nodes])
 
 
-GUESSES: dict[str, type[Guess]] = {"mean": MeanGuess, "tree": TreeGuess, "star": StarGuess}
+GUESSES: dict[str, type[Guess]] = {"mean": MeanGuess, "tree": TreeGuess, "star": StarGuess, "stream": StreamGuess}

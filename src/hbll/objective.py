@@ -169,7 +169,7 @@ class Objective(nn.Module):
         """
         if not isinstance(self.states, ScanStates):
             raise ValueError("the anytime readout is of scan states: take states='scan'")
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self):  # what the guess keeps from step to step stays as it is
             trace = Trace(network, self.stages(network), self.rule, x, None)
             states = self.states.sweep(trace, sweeps, None)
             return network.head(states[-1])

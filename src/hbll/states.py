@@ -15,7 +15,7 @@ from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.scan import Coarse, correct, defect
 from hbll.stages import Stages
-from hbll.trace import Trace, assemble
+from hbll.trace import Trace, assemble, check_batch
 
 __all__ = ["STATES", "ChainStates", "ScanStates", "States", "StreamStates", "TreeStates"]
 
@@ -146,11 +146,7 @@ class StreamStates(States):
         labels = trace.y.unsqueeze(0)
         if self.inputs is not None and self.labels is not None:
             waiting = len(self.inputs)
-            if self.inputs[0].shape != trace.boundary[0].shape:
-                raise ValueError(
-                    f"stream needs batches of one size: states are {tuple(trace.boundary[0].shape)} now and were "
-                    f"{tuple(self.inputs[0].shape)} before; drop the last, short batch of an epoch"
-                )
+            check_batch("stream", trace.boundary[0], self.inputs[0])
             for n, state in enumerate(self.inputs.unbind(0), 1):
                 trace.place(n, state)
             labels = torch.cat([labels, self.labels])

@@ -20,7 +20,7 @@ from hbll.rule import Rule
 from hbll.stages import Stages
 from hbll.tree import Path
 
-__all__ = ["Correction", "Trace", "Wave", "assemble", "attach_gradients", "per_sample", "wide"]
+__all__ = ["Correction", "Trace", "Wave", "assemble", "attach_gradients", "check_batch", "per_sample", "wide"]
 
 
 @dataclass(frozen=True)
@@ -170,15 +170,19 @@ class Trace:
 
     def sweep(self, inputs: Tensor) -> Tensor:
         """Evaluates all stages at once, without graph, on inputs (S, B, ...); returns the outputs, of that shape."""
-        parts = []
-        with torch.no_grad():
-            for positions in self.engine.partition(self.stages.nodes):
-                group = tuple(self.stages.nodes[p] for p in positions)
-                parts.append((positions, self.engine(group, inputs[positions]).outputs))
-        outputs = assemble(parts)
+        outputs = self.peek(self.stages.nodes, inputs)
         self.clock += self.stages.depth(self.stages.nodes)
         self.count(self.stages.size(self.stages.nodes), self.clock)
         return outputs
+
+    def peek(self, nodes: tuple[int, ...], inputs: Tensor) -> Tensor:
+        """Evaluates these stages at once, without graph and uncounted, on inputs (n, B, ...); returns the outputs."""
+        parts = []
+        with torch.no_grad():
+            for positions in self.engine.partition(nodes):
+                group = tuple(nodes[p] for p in positions)
+                parts.append((positions, self.engine(group, inputs[positions]).outputs))
+        return assemble(parts)
 
     def pull_back(self, credit: Tensor, depth: int) -> tuple[Tensor, int]:
         """Pulls gradients at the outputs of all stages, (S, B, ...), there at ``depth``, back to their inputs.
@@ -226,6 +230,11 @@ class Trace:
         self.boundary[node] = state
         self._depth["boundary"][node] = 0
 
+    def exchange(self, x: Any, y: Any) -> None:
+        """Puts another batch in the place of the one at hand."""
+        self.x, self.y = x, y
+        self.place(0, self.network.embed(x))
+
     def set_boundary(self, wave: Wave, boundary: Tensor, depth: int) -> None:
         """What the children of a wave's nodes will read, (n, B, ...), there at span ``depth``."""
         self.boundary.update(zip(wave.nodes, boundary.unbind(0), strict=True))
@@ -266,6 +275,19 @@ class Trace:
                 for parent in wave.parents:
                     if self.boundary[parent].requires_grad:
                         arrived[parent] = max(arrived.get(parent, 0), depth)
+
+
+def check_batch(rule: str, now: Tensor, before: Tensor) -> None:
+    """Of rules that hold several mini-batches at once.
+
+    Raises:
+        ValueError: the embedded input has another shape than the step before's.
+    """
+    if now.shape != before.shape:
+        raise ValueError(
+            f"{rule} needs batches of one size: states are {tuple(now.shape)} now and were {tuple(before.shape)} before; "
+            "drop the last, short batch of an epoch"
+        )
 
 
 def assemble(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
