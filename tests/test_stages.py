@@ -465,7 +465,7 @@ class TestOptions:
             ("scope", "block, triplet, tree"),
             ("inversion", "none, taylor, exact"),
             ("family", "gaussian, bernoulli, categorical"),
-            ("guess", "mean, tree, star"),
+            ("guess", "mean, tree, star, stream"),
             ("coarse", "skip, none"),
             ("spine", "doubling, right, last, none"),
             ("heads", "shared, own"),

@@ -27,7 +27,7 @@ class Guess(nn.Module):
         """Makes the parameters that the guess needs for a network."""
 
     def forward(self, trace: Trace) -> Tensor:
-        """The guessed outputs h_1 .. h_S of all stages, (S, B, ...), without graph."""
+        """The guessed outputs h_1 .. h_S of all stages, (S, B, ...), without graph; h_S, where none starts, may be missing."""
         raise NotImplementedError
 
     def learn(self, trace: Trace, states: Tensor) -> None:
@@ -138,8 +138,8 @@ class StarGuess(TreeGuess):
 class StreamGuess(Guess):
     """The batch's own states, computed in the steps before, while those steps' sweeps were made.
 
-    A step waits for K + K_c + 1 evaluations of a stage, one after the other; in this time every batch in flight passes as many
-    stages. One whose states are complete takes the place of the batch at hand, which enters: the rule learns from a
+    A step waits for K + K_c + 1 evaluations of a stage, one after the other; in this time every batch in flight passes as
+    many stages. One whose states are complete takes the place of the batch at hand, which enters: the rule learns from a
     batch D = ceil((S - 1) / (K + K_c + 1)) steps after it came in. Its states are those of weights at most D steps old;
     the sweeps bring them up to date. In evaluation mode, and in the first D steps, the batch at hand passes all stages in
     order.
@@ -155,21 +155,20 @@ class StreamGuess(Guess):
         delay = math.ceil((len(trace.stages.nodes) - 1) / self.stages_per_step)
         if not self.training or not delay:
             return self._in_order(trace)
-        if len(self.flight) < delay:
-            self._advance(trace)
+        self._advance(trace)
+        if len(self.flight) <= delay:
             return self._in_order(trace)
         x, y, states = self.flight.pop(0)
-        self._advance(trace)
         trace.exchange(x, y)
-        return torch.stack([*states[1:], states[-1]])  # nothing starts from the last state
+        return torch.stack(states[1:])
 
     def _advance(self, trace: Trace) -> None:
         """Lets the batch at hand in, and every batch in flight some stages on."""
-        embedded = trace.boundary[0].detach()
+        embedded, last = trace.boundary[0].detach(), trace.stages.nodes[-1]
         for _, _, states in self.flight:
-            check_batch("guess='stream'", embedded, states[0])
+            if len(states) < last:
+                check_batch("guess='stream'", embedded, states[0])
         self.flight.append((trace.x, trace.y, [embedded]))
-        last = trace.stages.nodes[-1]
         for turn in range(1, self.stages_per_step + 1):
             moving = {len(states): states for _, _, states in self.flight if len(states) < last}
             if moving:

@@ -103,7 +103,7 @@ class ScanStates(States):
             wave = trace.add_wave(group, tuple(n - 1 for n in group), inputs[positions], trace.clock)
             parts.append((positions, wave.evaluation.outputs.detach()))
         corrected = correct(inputs, assemble(parts), self.coarse)
-        trace.defect = defect(corrected, states)
+        trace.defect = defect(corrected[: len(states)], states)
         trace.head_state = corrected[-1]
         self.guess.learn(trace, corrected)
 
@@ -113,13 +113,13 @@ class ScanStates(States):
         for _ in range(sweeps):
             inputs = self._inputs(trace, states)
             last, states = states, correct(inputs, trace.sweep(inputs), self.coarse)
-            if tolerance is not None and defect(states, last) <= tolerance:
+            if tolerance is not None and defect(states[: len(last)], last) <= tolerance:
                 break
         return states
 
     @staticmethod
     def _inputs(trace: Trace, states: Tensor) -> Tensor:
-        return torch.cat([trace.boundary[0].detach().unsqueeze(0), states[:-1]])
+        return torch.cat([trace.boundary[0].detach().unsqueeze(0), states[: len(trace.stages.nodes) - 1]])
 
 
 class StreamStates(States):

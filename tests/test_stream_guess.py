@@ -1,0 +1,176 @@
+"""States of older weights as the first guess of scan. Oracles: backpropagation on the batch that is due, a transcription."""
+
+import copy
+import math
+from itertools import islice
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.test_objective import CLASSES, INPUTS, assert_equal_gradients, gradients, mlp, residual
+from torch import nn
+
+import hbll
+from hbll.training import checkpoint
+
+every_engine = pytest.mark.parametrize("engine", ["loop", "batched"])
+
+
+def batches(count, seed=1):
+    torch.manual_seed(seed)
+    return [(torch.randn(4, INPUTS, dtype=torch.float64), torch.randint(CLASSES, (4,))) for _ in range(count)]
+
+
+def descend(net, found, rate=0.3):
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.sub_(rate * found[name])
+
+
+def delay(stages, sweeps, credit_sweeps):
+    """Steps that a batch needs to pass all stages but the last, K + K_c + 1 of them in each."""
+    return math.ceil((stages - 1) / (sweeps + credit_sweeps + 1))
+
+
+class Reference:
+    """scan from the states of older weights, batch by batch and stage by stage; states as lists h_0, h_1, .."""
+
+    def __init__(self, net, size, sweeps, credit_sweeps):
+        self.net, self.sweeps, self.credit_sweeps = net, sweeps, credit_sweeps
+        blocks = list(net.blocks)
+        self.f = [nn.Sequential(*blocks[start : start + size]) for start in range(0, len(blocks), size)]
+        self.delay = delay(len(self.f), sweeps, credit_sweeps)
+        self.queue = []
+
+    def loss(self, x, y):
+        """The loss of a step, and the states before and after its last sweep."""
+        self.queue.append((x, y, [self.net.embed(x).detach()]))
+        for _, _, states in self.queue:
+            for stage in islice(self.f, len(states) - 1, len(states) + self.sweeps + self.credit_sweeps):
+                states.append(stage(states[-1]).detach())
+        if len(self.queue) > self.delay:
+            x, y, states = self.queue.pop(0)
+        else:
+            states = [self.net.embed(x).detach()]
+            for stage in self.f:
+                states.append(stage(states[-1]).detach())
+        z0 = self.net.embed(x)
+        states = [z0.detach(), *states[1:]]
+        for _ in range(self.sweeps):
+            outputs = [stage(state) for stage, state in zip(self.f, states, strict=False)]
+            rests = [output.detach() - state for output, state in zip(outputs, states, strict=False)]
+            starts, states = states, [z0.detach() + sum(rests[:n]) for n in range(len(self.f) + 1)]
+        last = states[-1].requires_grad_()
+        loss = F.cross_entropy(self.net.head(last), y)
+        (at_head,) = torch.autograd.grad(loss, last, retain_graph=True)
+        credit = [at_head] * (len(self.f) + 1)
+        for _ in range(self.credit_sweeps):
+            pulled = []
+            for stage, start, b in zip(self.f, starts, credit[1:], strict=False):
+                start = start.detach().requires_grad_()
+                pulled.append(torch.autograd.grad(stage(start), start, b)[0] - b)
+            credit = [at_head + sum(pulled[n:]) for n in range(len(self.f) + 1)]
+        return loss + sum((o * b).sum() for o, b in zip([z0, *outputs], credit, strict=True))
+
+
+@every_engine
+@given(
+    blocks=st.integers(1, 7),
+    size=st.integers(1, 3),
+    sweeps=st.integers(1, 3),
+    credit_sweeps=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15, deadline=None)
+def test_the_pseudo_code_while_weights_move(engine, blocks, size, sweeps, credit_sweeps, seed):
+    net, _, _ = residual(blocks + 1, seed)
+    other = copy.deepcopy(net)
+    options = {"stage": size, "sweeps": sweeps, "credit_sweeps": credit_sweeps}
+    if size > 1 or blocks == 1:  # stages of unlike sizes, or a single one, cannot be stacked
+        engine = "auto"
+    objective = hbll.Objective("scan", guess="stream", engine=engine, **options)
+    reference = Reference(other, size, sweeps, credit_sweeps)
+    for x, y in batches(8, seed):
+        found, expected = gradients(net, objective(net, x, y).loss), gradients(other, reference.loss(x, y))
+        assert_equal_gradients(found, expected)
+        descend(net, found)
+        descend(other, expected)
+
+
+@every_engine
+@pytest.mark.parametrize(("size", "sweeps", "credit_sweeps"), [(1, 1, 7), (1, 2, 7), (2, 1, 4), (3, 1, 3)])
+def test_with_frozen_weights_it_is_backpropagation_on_the_batch_that_is_due(size, sweeps, credit_sweeps, engine):
+    # Any block, with skip or without: a guess that is right stays right.
+    net, _, _ = mlp(8)
+    due = delay(math.ceil(7 / size), sweeps, credit_sweeps)
+    options = {"stage": size, "sweeps": sweeps, "credit_sweeps": credit_sweeps}
+    objective = hbll.Objective("scan", guess="stream", engine=engine if size < 3 else "auto", **options)
+    seen = batches(6)
+    for t, (x, y) in enumerate(seen):
+        step = objective(net, x, y)
+        x, y = seen[t - due if t >= due else t]
+        assert_equal_gradients(gradients(net, step.loss), gradients(net, F.cross_entropy(net(x), y)))
+        assert step.defect.item() < 1e-12
+
+
+@given(blocks=st.integers(2, 40), sweeps=st.integers(1, 4), credit_sweeps=st.integers(0, 4))
+@settings(max_examples=30, deadline=None)
+def test_once_the_pipeline_is_filled_it_costs_work_but_no_span(blocks, sweeps, credit_sweeps):
+    net, _, _ = residual(blocks + 1)
+    objective = hbll.Objective("scan", guess="stream", sweeps=sweeps, credit_sweeps=credit_sweeps)
+    for x, y in batches(delay(blocks, sweeps, credit_sweeps) + 1):
+        step = objective(net, x, y)
+    length = sweeps + credit_sweeps + 1
+    assert step.span == length
+    # Every step some batches pass as many stages as one batch passes in all its steps, the last of which may be cut short.
+    assert step.work == blocks * length + blocks - 1
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path):
+    net, _, _ = residual(8)
+    options = {"sweeps": 1, "credit_sweeps": 0, "guess": "stream"}  # four batches in flight
+    objective = hbll.Objective("scan", **options)
+    *before, (x, y) = batches(6)
+    for earlier in before:
+        objective(net, *earlier)
+    checkpoint.save(tmp_path / "state", objective.state_dict())
+    other = hbll.Objective("scan", **options)
+    other.load_state_dict(checkpoint.load(tmp_path / "state"))
+    for _ in range(5):
+        found, expected = (gradients(net, one(net, x, y).loss) for one in (other, objective))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("look", ["eval", "diagnose", "predict"])
+def test_looking_moves_nothing_and_sees_the_batch_at_hand(look):
+    net, _, _ = residual(8)
+    objective = hbll.Objective("scan", guess="stream", sweeps=1, credit_sweeps=7)
+    (x, y), *others = batches(4)
+    for earlier in others:
+        objective(net, *earlier)
+    flight = list(objective.states.guess.flight)
+    if look == "eval":
+        step = objective.eval()(net, x, y)
+        assert_equal_gradients(gradients(net, step.loss), gradients(net, F.cross_entropy(net(x), y)))
+    elif look == "diagnose":
+        assert min(report.cosine for report in objective.diagnose(net, x, y).values()) > 1 - 1e-9
+    else:
+        torch.testing.assert_close(objective.predict(net, x, 0), net(x))
+    assert all(a is b for a, b in zip(flight, objective.states.guess.flight, strict=True))
+
+
+@every_engine
+def test_batches_that_pass_stages_together_must_be_of_one_size(engine):
+    net, x, y = residual(8)
+    objective = hbll.Objective("scan", guess="stream", sweeps=1, credit_sweeps=0, engine=engine)
+    objective(net, x, y)
+    flight = list(objective.states.guess.flight)
+    with pytest.raises(ValueError, match=r"guess='stream' needs batches of one size: .*drop the last, short batch"):
+        objective(net, x[:2], y[:2])
+    assert objective.states.guess.flight == flight
+    alone = hbll.Objective("scan", guess="stream", engine=engine)  # one batch in flight at a time
+    for size in (4, 2, 3):
+        found = gradients(net, alone(net, x[:size], y[:size]).loss)
+    assert all(g.isfinite().all() for g in found.values())
