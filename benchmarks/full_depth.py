@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 import hbll
@@ -171,28 +172,33 @@ class Characters:
         return result
 
 
-class Words(Characters):
-    """WikiText-2 by words as published, the validation file for testing."""
+class Subwords(Characters):
+    """WikiText-2 in byte pairs, of which the training file decides; the validation file for testing."""
+
+    vocabulary = 2048
 
     def __init__(self, options: argparse.Namespace, blocks: int, device: torch.device) -> None:
         super().__init__(options, blocks, device)
         self.text, self.test = (self.tokens[part].to(device) for part in ("train", "valid"))
 
     def read(self, data_dir: Path) -> Tensor:
-        words = {
-            part: [
-                word
-                for line in (data_dir / "wikitext-2" / f"wiki.{part}.tokens").read_text().splitlines()
-                for word in (*line.split(), "<eos>")
-            ]
+        lines = {
+            part: (data_dir / "wikitext-2" / f"wiki.{part}.tokens").read_text().splitlines(keepends=True)
             for part in ("train", "valid")
         }
-        index = {word: i for i, word in enumerate(dict.fromkeys(words["train"] + words["valid"]))}
-        self.tokens = {part: torch.tensor([index[word] for word in found]) for part, found in words.items()}
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=self.vocabulary, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(lines["train"], trainer)
+        self.tokens = {
+            part: torch.tensor([token for line in tokenizer.encode_batch(found) for token in line.ids])
+            for part, found in lines.items()
+        }
         return torch.cat(list(self.tokens.values()))
 
 
-TASKS = {"images": Images, "characters": Characters, "words": Words}
+TASKS = {"images": Images, "characters": Characters, "subwords": Subwords}
 
 
 def cosines(objective: hbll.Objective, network: hbll.TreeNetwork, x: Tensor, y: Tensor) -> list[float]:
