@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 import hbll
-from hbll.data import Samples
+from hbll.data import Samples, Splits, mnist
 from hbll.data.augment import crop_and_flip
 from hbll.data.cifar import cifar10
 from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
@@ -88,16 +88,20 @@ class Images:
     """CIFAR-10 with a ConvNeXt-like chain."""
 
     def __init__(self, options: argparse.Namespace, blocks: int, device: torch.device) -> None:
-        splits = cifar10(options.data_dir)
+        splits = self.read(options.data_dir)
         self.train = splits.train[: options.train_samples].to(device)
         self.test = splits.test.to(device)
         self.batch_size, self.augment = options.batch_size, options.augment
         self.steps_per_line = len(self.train) // self.batch_size
         self.steps = options.epochs * self.steps_per_line
-        width = options.width or 32
-        self.network = hbll.TreeNetwork(
-            patch_embed(width), [ConvBlock(width) for _ in range(blocks)], ConvHead(width, 10)
-        ).to(device)
+        self.network = self.build(blocks, options.width).to(device)
+
+    def read(self, data_dir: Path) -> Splits:
+        return cifar10(data_dir)
+
+    def build(self, blocks: int, width: int | None) -> hbll.TreeNetwork:
+        width = width or 32
+        return hbll.TreeNetwork(patch_embed(width), [ConvBlock(width) for _ in range(blocks)], ConvHead(width, 10))
 
     def batches(self):
         draw = np.random.default_rng(torch.initial_seed())
@@ -121,6 +125,21 @@ class Images:
             predicted = torch.cat([self.network(part, path).argmax(1) for part in parts])
             result[name] = (predicted == self.test.labels).float().mean().item()
         return result
+
+
+class Plain(Images):
+    """MNIST with normed ReLU layers without skips."""
+
+    def read(self, data_dir: Path) -> Splits:
+        return mnist(data_dir)
+
+    def build(self, blocks: int, width: int | None) -> hbll.TreeNetwork:
+        width = width or 128
+
+        def layer(inputs: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.ReLU())
+
+        return hbll.TreeNetwork(layer(784), [layer(width) for _ in range(blocks)], nn.Linear(width, 10))
 
 
 class Characters:
@@ -198,7 +217,7 @@ class Subwords(Characters):
         return torch.cat(list(self.tokens.values()))
 
 
-TASKS = {"images": Images, "characters": Characters, "subwords": Subwords}
+TASKS = {"images": Images, "plain": Plain, "characters": Characters, "subwords": Subwords}
 
 
 def cosines(objective: hbll.Objective, network: hbll.TreeNetwork, x: Tensor, y: Tensor) -> list[float]:
@@ -266,7 +285,7 @@ def table(lines: list[dict], better: str) -> str:
         found = [line for line in last if (line["task"], line["blocks"], line["rule"]) == (task, blocks, rule)]
 
         def show(what: str, found: list[dict] = found, task: str = task) -> str:
-            values = [100 * line[what] if task == "images" else math.exp(line[what]) for line in found]
+            values = [100 * line[what] if issubclass(TASKS[task], Images) else math.exp(line[what]) for line in found]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             return f"{statistics.mean(values):.2f}{spread}"
 
@@ -325,7 +344,8 @@ def main() -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     print(
         table(
-            [line for line in lines if line["task"] == options.task], "%" if options.task == "images" else "perplexity"
+            [line for line in lines if line["task"] == options.task],
+            "%" if issubclass(TASKS[options.task], Images) else "perplexity",
         )
     )
 

@@ -31,14 +31,16 @@ class TestMean:
     def test_a_new_one_is_zero(self):
         net, x, y = residual(5)
         z0 = net.embed(x)
-        step = hbll.Objective("scan", sweeps=1)(net, x, y)
+        step = hbll.Objective("scan", guess="mean", sweeps=1)(net, x, y)
         for n, block in enumerate(net.blocks, 1):
             torch.testing.assert_close(step.trace.outputs((n,))[0], block(z0))
 
     @every_engine
     def test_updates(self, engine):
         net, x, y = residual(5)
-        objective = hbll.Objective("scan", sweeps=8, engine=engine)  # the corrected states are the chain's
+        objective = hbll.Objective(
+            "scan", guess="mean", sweeps=8, engine=engine
+        )  # the corrected states are the chain's
         mean = None
         for _ in range(4):
             x = torch.randn_like(x)
@@ -56,7 +58,7 @@ class TestMean:
     @pytest.mark.parametrize("look", ["eval", "diagnose", "audit", "predict"])
     def test_looking_does_not_move_it(self, look):
         net, x, y = residual(5)
-        objective = hbll.Objective("scan")
+        objective = hbll.Objective("scan", guess="mean")
         objective(net, x, y)
         before = objective.states.guess.mean.clone()
         if look == "eval":
@@ -75,10 +77,10 @@ class TestMean:
 
     def test_it_is_saved_and_loaded(self):
         net, x, y = residual(5)
-        objective = hbll.Objective("scan", sweeps=1)
+        objective = hbll.Objective("scan", guess="mean", sweeps=1)
         assert not objective.state_dict()
         objective(net, x, y)
-        fresh = hbll.Objective("scan", sweeps=1)
+        fresh = hbll.Objective("scan", guess="mean", sweeps=1)
         fresh.load_state_dict(objective.state_dict())
         for _ in range(2):
             x = x + 0.2
@@ -215,7 +217,7 @@ class TestTree:
     def test_jumps_without_parameters(self):
         net, x, y = residual(8)
         objective = hbll.Objective("scan", guess="tree", jumps=[nn.Identity()] * 7, engine="loop").prepare(net)
-        expected = hbll.Objective("scan")(net, x, y)
+        expected = hbll.Objective("scan", guess="mean")(net, x, y)
         assert_equal_gradients(gradients(net, objective(net, x, y).loss), gradients(net, expected.loss))
 
     @every_engine

@@ -86,7 +86,9 @@ class TestPseudoCode:
     def test_blocks(self, kind, sweeps, credit_sweeps, engine):
         net, x, y = RESIDUAL[kind](6)
         expected, states, before, b = reference_scan(net, x, y, sweeps, credit_sweeps)
-        step = hbll.Objective("scan", sweeps=sweeps, credit_sweeps=credit_sweeps, engine=engine)(net, x, y)
+        step = hbll.Objective("scan", guess="mean", sweeps=sweeps, credit_sweeps=credit_sweeps, engine=engine)(
+            net, x, y
+        )
         assert_equal_gradients(gradients(net, step.loss), gradients(net, expected))
         torch.testing.assert_close(step.loss.detach(), label_loss(net, net.head(states[-1]), y).detach())
         for n in range(1, 6):
@@ -109,13 +111,15 @@ class TestPseudoCode:
         expected, *_ = reference_scan(net, x, y, sweeps, credit_sweeps, size)
         if (nodes - 1) // size < 2:  # no two stages are alike
             engine = "auto"
-        objective = hbll.Objective("scan", stage=size, sweeps=sweeps, credit_sweeps=credit_sweeps, engine=engine)
+        objective = hbll.Objective(
+            "scan", guess="mean", stage=size, sweeps=sweeps, credit_sweeps=credit_sweeps, engine=engine
+        )
         assert_equal_gradients(gradients(net, objective(net, x, y).loss), gradients(net, expected))
 
     @pytest.mark.parametrize("sweeps", [1, 3])
     def test_the_guess_of_later_steps_is_the_running_mean(self, sweeps):
         net, _, y = residual(6)
-        objective = hbll.Objective("scan", sweeps=sweeps, engine="loop")
+        objective = hbll.Objective("scan", guess="mean", sweeps=sweeps, credit_sweeps=2, engine="loop")
         mean = None
         for _ in range(4):
             x = torch.randn(4, INPUTS, dtype=torch.float64)
@@ -147,13 +151,13 @@ class TestPseudoCode:
             ]
             b = [*pulled, at_head]
         expected = loss + sum((out * g).sum() for out, g in zip(o, b[1:], strict=True)) + (z0 * b[0]).sum()
-        step = hbll.Objective("scan", sweeps=sweeps, credit_sweeps=2, coarse="none")(net, x, y)
+        step = hbll.Objective("scan", guess="mean", sweeps=sweeps, credit_sweeps=2, coarse="none")(net, x, y)
         assert_equal_gradients(gradients(net, step.loss), gradients(net, expected))
 
     def test_the_embed_gets_the_credit_of_the_input_alone(self):
         net, x, y = residual(8)
         _, _, _, b = reference_scan(net, x, y, 3, 2)
-        found = gradients(net, hbll.Objective("scan")(net, x, y).loss)
+        found = gradients(net, hbll.Objective("scan", guess="mean", credit_sweeps=2)(net, x, y).loss)
         z0 = net.embed(x)
         weight, bias = torch.autograd.grad(z0, [net.embed.weight, net.embed.bias], b[0])
         torch.testing.assert_close(found["embed.weight"], weight)
@@ -164,7 +168,7 @@ class TestPseudoCode:
         exact = gradients(net, F.cross_entropy(net(x), y))
         with_stops = gradients(net, reference_scan(net, x, y, 7, 7)[0])
         without = gradients(net, reference_scan(net, x, y, 7, 7, stops=False)[0])
-        ours = gradients(net, hbll.Objective("scan", sweeps=7, credit_sweeps=7)(net, x, y).loss)
+        ours = gradients(net, hbll.Objective("scan", guess="mean", sweeps=7, credit_sweeps=7)(net, x, y).loss)
         assert_equal_gradients(with_stops, exact)
         assert_equal_gradients(ours, exact)
         error = (without["embed.weight"] - exact["embed.weight"]).norm() / exact["embed.weight"].norm()
@@ -194,7 +198,9 @@ class TestExactness:
     def test_fewer_sweeps_are_not_exact(self, sweeps, credit_sweeps):
         net, x, y = residual(8)
         exact = gradients(net, F.cross_entropy(net(x), y))
-        step = hbll.Objective("scan", sweeps=sweeps, credit_sweeps=credit_sweeps, coarse="none")(net, x, y)
+        step = hbll.Objective("scan", guess="mean", sweeps=sweeps, credit_sweeps=credit_sweeps, coarse="none")(
+            net, x, y
+        )
         found = gradients(net, step.loss)
         assert max((found[name] - exact[name]).abs().max() for name in exact) > 1e-6
 
@@ -203,20 +209,22 @@ class TestExactness:
     @pytest.mark.parametrize("kind", KINDS)
     def test_credit_scan_on_chain_states(self, kind, size, stages, coarse):
         net, x, y = KINDS[kind][0](8)  # with skip or without
-        objective = hbll.Objective("scan", states="chain", stage=size, credit_sweeps=stages, coarse=coarse)
+        objective = hbll.Objective(
+            "scan", guess="mean", states="chain", stage=size, credit_sweeps=stages, coarse=coarse
+        )
         step = objective(net, x, y)
         assert_equal_gradients(gradients(net, step.loss), gradients(net, label_loss(net, net(x), y)))
 
     def test_blocks_without_skip(self):
         net, x, y = mlp(8)
         for coarse in ("skip", "none"):
-            step = hbll.Objective("scan", sweeps=7, credit_sweeps=7, coarse=coarse)(net, x, y)
+            step = hbll.Objective("scan", guess="mean", sweeps=7, credit_sweeps=7, coarse=coarse)(net, x, y)
             assert_equal_gradients(gradients(net, step.loss), gradients(net, F.cross_entropy(net(x), y)))
 
     def test_exact_credit_for_inexact_states(self):
         # At full credit sweeps b_n is the gradient through the rest of the chain, each Jacobian taken at the states at hand.
         net, x, y = residual(6)
-        step = hbll.Objective("scan", sweeps=1, credit_sweeps=5)(net, x, y)
+        step = hbll.Objective("scan", guess="mean", sweeps=1, credit_sweeps=5)(net, x, y)
         z0 = net.embed(x).detach()
         b = step.trace.gradient[5]
         for n in range(5, 1, -1):
@@ -227,7 +235,7 @@ class TestExactness:
     def test_weighted_labels(self):
         net, x, y = transformer(6)
         y = torch.where(torch.rand(y.shape) < 0.4, -100, y)
-        step = hbll.Objective("scan", sweeps=5, credit_sweeps=5)(net, x, y)
+        step = hbll.Objective("scan", guess="mean", sweeps=5, credit_sweeps=5)(net, x, y)
         assert_equal_gradients(gradients(net, step.loss), gradients(net, label_loss(net, net(x), y)))
 
     def test_training_is_backpropagations(self):
@@ -235,7 +243,7 @@ class TestExactness:
         torch.manual_seed(3)
         net, x, y = residual(6)
         twin = copy.deepcopy(net)
-        objective = hbll.Objective("scan", sweeps=5, credit_sweeps=5)
+        objective = hbll.Objective("scan", guess="mean", sweeps=5, credit_sweeps=5)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
         other = torch.optim.SGD(twin.parameters(), lr=0.3)
         for _ in range(5):
@@ -259,8 +267,8 @@ class TestFrozenParts:
     @pytest.mark.parametrize("size", [1, 2])
     def test_other_gradients(self, size, frozen, engine):
         net, x, y = residual(7)
-        objective = hbll.Objective("scan", stage=size, engine=engine)
-        expected = gradients(net, hbll.Objective("scan", stage=size, engine=engine)(net, x, y).loss)
+        objective = hbll.Objective("scan", guess="mean", stage=size, engine=engine)
+        expected = gradients(net, hbll.Objective("scan", guess="mean", stage=size, engine=engine)(net, x, y).loss)
         net.get_submodule(frozen).requires_grad_(False)
         objective(net, x, y).loss.backward()
         for name, parameter in net.named_parameters():
@@ -307,7 +315,7 @@ class TestSweeps:
         made = [Bounded(bound, lipschitz) for _ in range(blocks)]
         net = hbll.TreeNetwork(nn.Identity(), made, nn.Identity()).double()
         x = torch.randn(4, WIDTH, dtype=torch.float64)
-        estimate = hbll.Objective("scan").predict(net, x, sweeps)
+        estimate = hbll.Objective("scan", guess="mean").predict(net, x, sweeps)
         error = (estimate - net(x)).norm(dim=-1).max().item()
         limit = bound / lipschitz * comb(blocks, sweeps + 1) * lipschitz ** (sweeps + 1)
         assert error <= limit * (1 + 1e-9) + 1e-12
@@ -325,7 +333,7 @@ class TestSweeps:
         x = torch.zeros(1, 1, dtype=torch.float64)
         states = chain_states(net, x)
         assert max((0.98 + lipschitz * state).item() for state in states) < 1
-        error = (net(x) - hbll.Objective("scan", engine="loop").predict(net, x, sweeps)).abs().item()
+        error = (net(x) - hbll.Objective("scan", guess="mean", engine="loop").predict(net, x, sweeps)).abs().item()
         limit = comb(blocks, sweeps + 1) * lipschitz**sweeps
         assert 0.97 * limit < error <= limit
 
@@ -334,7 +342,7 @@ class TestSweeps:
     @pytest.mark.parametrize("size", [1, 2, 3])
     def test_readout_at_any_number_of_sweeps(self, size, coarse, engine):
         net, x, y = residual(8)
-        objective = hbll.Objective("scan", stage=size, coarse=coarse, engine=engine)
+        objective = hbll.Objective("scan", guess="mean", stage=size, coarse=coarse, engine=engine)
         stages = len(cut(net, size))
         exact = net(x)
         errors = [(objective.predict(net, x, k) - exact).abs().max().item() for k in range(stages + 1)]
@@ -354,7 +362,7 @@ class TestSweeps:
 
     def test_reading_out_changes_nothing(self):
         net, x, y = residual(6)
-        objective = hbll.Objective("scan")
+        objective = hbll.Objective("scan", guess="mean")
         objective(net, x, y)
         before = {name: value.clone() for name, value in objective.state_dict().items()}
         objective.predict(net, x + 1, 2)
@@ -362,23 +370,27 @@ class TestSweeps:
 
     def test_tolerance_stops_early(self):
         net, x, y = mlp(12, block=lambda: Bounded(1.0, 0.3))
-        eleven = hbll.Objective("scan", sweeps=11, engine="loop")(net, x, y)
-        defects = [hbll.Objective("scan", sweeps=k, engine="loop")(net, x, y).defect.item() for k in range(1, 12)]
+        eleven = hbll.Objective("scan", guess="mean", sweeps=11, engine="loop")(net, x, y)
+        defects = [
+            hbll.Objective("scan", guess="mean", sweeps=k, engine="loop")(net, x, y).defect.item() for k in range(1, 12)
+        ]
         assert defects == sorted(defects, reverse=True)
         for tolerance in (0.1, 1e-3, 1e-6):
             # As soon as a sweep without graph moves the states by less, the one with graph is the last.
             needed = 2 + next((i for i, d in enumerate(defects) if d <= tolerance), 9)
-            step = hbll.Objective("scan", sweeps=11, tolerance=tolerance, engine="loop")(net, x, y)
+            step = hbll.Objective("scan", guess="mean", sweeps=11, tolerance=tolerance, engine="loop")(net, x, y)
             assert step.work == eleven.work - 11 * (11 - min(needed, 11))
             assert step.span == eleven.span - (11 - min(needed, 11))
-            fixed = hbll.Objective("scan", sweeps=min(needed, 11), engine="loop")(net, x, y)
+            fixed = hbll.Objective("scan", guess="mean", sweeps=min(needed, 11), engine="loop")(net, x, y)
             assert step.defect == fixed.defect
-        assert hbll.Objective("scan", sweeps=11, tolerance=0.0, engine="loop")(net, x, y).span == eleven.span
+        assert (
+            hbll.Objective("scan", guess="mean", sweeps=11, tolerance=0.0, engine="loop")(net, x, y).span == eleven.span
+        )
 
     def test_defect_of_exact_states_is_zero(self):
         net, x, y = residual(5)
-        assert hbll.Objective("scan", sweeps=1)(net, x, y).defect > 0.1
-        assert hbll.Objective("scan", sweeps=6, coarse="none")(net, x, y).defect < 1e-7
+        assert hbll.Objective("scan", guess="mean", sweeps=1)(net, x, y).defect > 0.1
+        assert hbll.Objective("scan", guess="mean", sweeps=6, coarse="none")(net, x, y).defect < 1e-7
         assert hbll.Objective("tree")(net, x, y).defect is None
 
 
@@ -388,7 +400,7 @@ class TestReports:
     @every_engine
     def test_reports_by_brute_force(self, engine):
         net, x, y = residual(8)
-        step = hbll.Objective("scan", stage=2, step=0.3, engine=engine)(net, x, y)
+        step = hbll.Objective("scan", guess="mean", stage=2, credit_sweeps=2, step=0.3, engine=engine)(net, x, y)
         _, states, _, b = reference_scan(net, x, y, 3, 2, 2)
         assert list(step.nodes) == [1, 2, 3, 4]
         for n, report in step.nodes.items():
@@ -403,16 +415,16 @@ class TestReports:
 
     def test_diagnosis(self):
         net, x, y = residual(8)
-        objective = hbll.Objective("scan", sweeps=7, credit_sweeps=7)
+        objective = hbll.Objective("scan", guess="mean", sweeps=7, credit_sweeps=7)
         assert [report.cosine for report in objective.diagnose(net, x, y).values()] == pytest.approx([1.0] * 7)
-        rough = hbll.Objective("scan", sweeps=1, credit_sweeps=0).diagnose(net, x, y)
+        rough = hbll.Objective("scan", guess="mean", sweeps=1, credit_sweeps=0).diagnose(net, x, y)
         assert min(report.cosine for report in rough.values()) < 0.99
         assert all(p.grad is None for p in net.parameters())
 
     def test_no_gradient_is_left_in_what_is_no_parameter(self):
         net, x, y = residual(6)
         x.requires_grad_(False)
-        objective = hbll.Objective("scan")
+        objective = hbll.Objective("scan", guess="mean")
         step = objective(net, x, y)
         step.loss.backward()
         for wave in step.trace.waves:
@@ -425,9 +437,9 @@ class TestAutocast:
         net, x, y = RESIDUAL[kind](5)
         net = net.float()
         x = x.float() if x.is_floating_point() else x
-        exact = gradients(net, hbll.Objective("scan")(net, x, y).loss)
+        exact = gradients(net, hbll.Objective("scan", guess="mean")(net, x, y).loss)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = hbll.Objective("scan")(net, x, y).loss
+            loss = hbll.Objective("scan", guess="mean")(net, x, y).loss
         found = gradients(net, loss)
         mine, theirs = (torch.cat([g.flatten() for g in d.values()]) for d in (found, exact))
         assert torch.cosine_similarity(mine, theirs, dim=0) > 0.98
@@ -436,17 +448,17 @@ class TestAutocast:
 
 def test_checkpoints_through_a_file():
     net, x, y = residual(6)
-    objective = hbll.Objective("scan", sweeps=1)
+    objective = hbll.Objective("scan", guess="mean", sweeps=1)
     for _ in range(3):
         objective(net, x, y)
         x = x + 0.1
     file = io.BytesIO()
     torch.save(objective.state_dict(), file)
     file.seek(0)
-    fresh = hbll.Objective("scan", sweeps=1)
+    fresh = hbll.Objective("scan", guess="mean", sweeps=1)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     twin = copy.deepcopy(objective)
-    forgetful = hbll.Objective("scan", sweeps=1)
+    forgetful = hbll.Objective("scan", guess="mean", sweeps=1)
     for _ in range(2):
         losses = [one(net, x, y).loss.item() for one in (objective, fresh, twin, forgetful)]
         assert losses[0] == losses[1] == losses[2]
@@ -461,7 +473,7 @@ def test_other_credit_on_exact_states():
     net, x, y = residual(6)
     states = chain_states(net, x)
     exact = torch.autograd.grad(F.cross_entropy(net.head(states[-1]), y), states)
-    step = hbll.Objective("scan", sweeps=5, credit="spine")(net, x, y)
+    step = hbll.Objective("scan", guess="mean", sweeps=5, credit="spine")(net, x, y)
     for n in (4, 5):
         torch.testing.assert_close(step.trace.gradient[n], exact[n])
     assert (step.trace.gradient[1] - exact[1]).norm() > 0.01 * exact[1].norm()

@@ -143,7 +143,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("look", ["eval", "diagnose", "predict"])
+@pytest.mark.parametrize("look", ["eval", "diagnose", "audit", "predict"])
 def test_looking_moves_nothing_and_sees_the_batch_at_hand(look):
     net, _, _ = residual(8)
     objective = hbll.Objective("scan", guess="stream", sweeps=1, credit_sweeps=7)
@@ -156,6 +156,8 @@ def test_looking_moves_nothing_and_sees_the_batch_at_hand(look):
         assert_equal_gradients(gradients(net, step.loss), gradients(net, F.cross_entropy(net(x), y)))
     elif look == "diagnose":
         assert min(report.cosine for report in objective.diagnose(net, x, y).values()) > 1 - 1e-9
+    elif look == "audit":
+        hbll.audit(net, objective, x, y)
     else:
         torch.testing.assert_close(objective.predict(net, x, 0), net(x))
     assert all(a is b for a, b in zip(flight, objective.states.guess.flight, strict=True))

@@ -53,13 +53,13 @@ class Rule:
     """The label's loss."""
     sweeps: int = 3
     """Sweeps of scan states, the last one, with graph, included; at most so many if there is a tolerance."""
-    credit_sweeps: int = 2
+    credit_sweeps: int = 3
     """Sweeps of scan credit."""
     tolerance: float | None = None
     """Sweeps of states end as soon as one moves them by less than this, relative to their norm."""
-    guess: Literal["mean", "tree", "star", "stream"] = "mean"
-    """Where the sweeps of states start: a running mean over steps; predictors with parameters of their own, a tree of
-    them or each on the embedded input; or the batch's own states, computed with the weights of the steps before."""
+    guess: Literal["stream", "mean", "tree", "star"] = "stream"
+    """Where the sweeps of states start: the batch's own states, computed with the weights of the steps before; a running
+    mean over steps; or predictors with parameters of their own, a tree of them or each on the embedded input."""
     jumps: Sequence[nn.Module] = ()
     """The blocks of the predictors, one per stage; by default fresh copies of each stage's last block."""
     coarse: Literal["skip", "none"] = "skip"

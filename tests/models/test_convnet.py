@@ -65,7 +65,7 @@ def test_scan_trains_it_exactly(engine):
     torch.manual_seed(0)
     net = hbll.TreeNetwork(patch_embed(4, 4), [ConvBlock(4) for _ in range(4)], ConvHead(4, 3)).double()
     x, y = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 2])
-    step = hbll.Objective("scan", stage=2, sweeps=2, credit_sweeps=2, engine=engine)(net, x, y)
+    step = hbll.Objective("scan", guess="mean", stage=2, sweeps=2, credit_sweeps=2, engine=engine)(net, x, y)
     assert_equal_gradients(gradients(net, step.loss), gradients(net, F.cross_entropy(net(x), y)))
 
 
