@@ -274,9 +274,14 @@ def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
 
 
 def table(lines: list[dict], better: str) -> str:
+    """A row per rule, and the cosines of its stages over training."""
     rows = [
-        f"| task | blocks | rule | span / BP's | work / BP's | chain {better} | rim {better} | least, mean cosine | s |",
+        f"| task | blocks | rule | span / BP's | work / BP's | chain {better} | rim {better} | MiB | s |",
         "|---" * 9 + "|",
+    ]
+    by_stage = [
+        "| task | blocks | rule | cosine of every stage after a quarter, half and all of the training |",
+        "|---" * 4 + "|",
     ]
     last = [line for line in lines if line["step"] == line["of"]]
     keys = dict.fromkeys((line["task"], line["blocks"], line["rule"]) for line in last)
@@ -289,14 +294,22 @@ def table(lines: list[dict], better: str) -> str:
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             return f"{statistics.mean(values):.2f}{spread}"
 
-        cosines = [c for line in found for c in line.get("cosine", [])]
         rows.append(
             f"| {task} | {blocks} | {rule} | {found[0]['span_of_bp']:.2f} | {found[0]['relative_work']:.2f} "
-            f"| {show('chain')} | {show('rim')} "
-            f"| {f'{min(cosines):.2f}, {statistics.mean(cosines):.2f}' if cosines else '-'} "
+            f"| {show('chain')} | {show('rim')} | {found[0]['peak_mib']:.0f} "
             f"| {statistics.mean(line['seconds'] for line in found):.0f} |"
         )
-    return "\n".join(rows)
+        if rule != "bp" and found[0]["cosine"]:
+            seed, of = found[0]["seed"], found[0]["of"]
+            looked = [
+                line["cosine"]
+                for line in lines
+                if (line["task"], line["blocks"], line["rule"], line["seed"]) == (task, blocks, rule, seed)
+                and line["step"] in (of // 4, of // 2, of)
+            ]
+            cells = "; ".join(" ".join(f"{c:.2f}".removeprefix("0") for c in cosines) for cosines in looked)
+            by_stage.append(f"| {task} | {blocks} | {rule} | {cells} |")
+    return "\n".join([*rows, "", *by_stage])
 
 
 def attempt(job: tuple[int, str, int], options: argparse.Namespace) -> None:

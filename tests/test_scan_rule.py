@@ -23,6 +23,7 @@ from tests.test_objective import (
 from torch import nn
 
 import hbll
+from hbll.guess import Guess
 
 every_engine = pytest.mark.parametrize("engine", ["loop", "batched"])
 
@@ -319,6 +320,50 @@ class TestSweeps:
         error = (estimate - net(x)).norm(dim=-1).max().item()
         limit = bound / lipschitz * comb(blocks, sweeps + 1) * lipschitz ** (sweeps + 1)
         assert error <= limit * (1 + 1e-9) + 1e-12
+
+    @settings(max_examples=40)
+    @given(
+        blocks=st.integers(1, 12),
+        sweeps=st.integers(0, 4),
+        distance=st.floats(1e-3, 3),
+        lipschitz=st.floats(0.02, 1),
+        seed=st.integers(0, 1000),
+    )
+    def test_error_bound_from_a_guess_at_a_distance(self, blocks, sweeps, distance, lipschitz, seed):
+        torch.manual_seed(seed)
+        net = hbll.TreeNetwork(nn.Identity(), [Bounded(5, lipschitz) for _ in range(blocks)], nn.Identity()).double()
+        x = torch.randn(4, WIDTH, dtype=torch.float64)
+
+        class Beside(Guess):
+            def forward(self, trace):
+                exact = torch.stack(chain_states(net, x)[1:])
+                return exact + distance * F.normalize(torch.randn_like(exact), dim=-1)
+
+        objective = hbll.Objective("scan")
+        objective.states.guess = Beside()
+        error = (objective.predict(net, x, sweeps) - net(x)).norm(dim=-1).max().item()
+        assert error <= distance * comb(blocks - 1, sweeps) * lipschitz**sweeps * (1 + 1e-9) + 1e-12
+
+    @settings(max_examples=40)
+    @given(
+        blocks=st.integers(1, 12),
+        credit_sweeps=st.integers(0, 6),
+        lipschitz=st.floats(0.02, 1),
+        seed=st.integers(0, 1000),
+    )
+    def test_error_bound_of_the_credit(self, blocks, credit_sweeps, lipschitz, seed):
+        torch.manual_seed(seed)
+        made = [Bounded(5, lipschitz) for _ in range(blocks)]
+        net = hbll.TreeNetwork(nn.Linear(WIDTH, WIDTH), made, nn.Linear(WIDTH, 3)).double()
+        x, y = torch.randn(1, WIDTH, dtype=torch.float64), torch.tensor([1])
+        rule = hbll.Objective("scan", guess="mean", sweeps=blocks, credit_sweeps=credit_sweeps)
+        found = gradients(net, rule(net, x, y).loss)["embed.bias"]  # of one sample: the credit of its embedded input
+        *_, last = chain_states(net, x)
+        last = last.detach().requires_grad_()
+        (at_head,) = torch.autograd.grad(F.cross_entropy(net.head(last), y), last)
+        exact = gradients(net, F.cross_entropy(net(x), y))["embed.bias"]
+        left_out = sum(comb(blocks, k) * lipschitz**k for k in range(credit_sweeps + 1, blocks + 1))
+        assert (found - exact).norm().item() <= at_head.norm().item() * left_out * (1 + 1e-9) + 1e-12
 
     @pytest.mark.parametrize("sweeps", [0, 1, 2, 3, 4])
     def test_the_bound_is_nearly_reached(self, sweeps):

@@ -27,7 +27,7 @@ class Guess(nn.Module):
         """Makes the parameters that the guess needs for a network."""
 
     def forward(self, trace: Trace) -> Tensor:
-        """The guessed outputs h_1 .. h_S of all stages, (S, B, ...), without graph; h_S may be missing: none starts there."""
+        """The guessed outputs h_1 .. h_S of all stages, (S, B, ...), without graph; h_S, where none starts, may miss."""
         raise NotImplementedError
 
     def learn(self, trace: Trace, states: Tensor) -> None:
