@@ -20,6 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -312,6 +313,34 @@ def table(lines: list[dict], better: str) -> str:
     return "\n".join([*rows, "", *by_stage])
 
 
+def plot(lines: list[dict], file: Path) -> None:
+    """What every rule's chain loses against backpropagation's, by span and by work; a row of panels per depth."""
+    last = [line for line in lines if line["step"] == line["of"]]
+    depths = sorted({line["blocks"] for line in last})
+    figure, axes = plt.subplots(
+        len(depths), 2, figsize=(10, 4 * len(depths)), sharey="row", squeeze=False, layout="constrained"
+    )
+    for row, blocks in zip(axes, depths, strict=True):
+        found: dict[str, list[dict]] = {}
+        for line in last:
+            if line["blocks"] == blocks:
+                found.setdefault(line["rule"], []).append(line)
+        exact = {line["seed"]: line["chain"] for line in found["bp"]}
+        for axis, what, label in zip(row, ("span_of_bp", "relative_work"), ("span", "work"), strict=True):
+            for number, (rule, runs) in enumerate(sorted(found.items(), key=lambda item: list(RULES).index(item[0]))):
+                lost = [100 * (run["chain"] - exact[run["seed"]]) for run in runs]
+                x = [run[what] for run in runs]
+                axis.scatter(x, lost, s=16, color=f"C{number}", alpha=0.5, linewidths=0)
+                axis.scatter(x[:1], [statistics.mean(lost)], s=64, color=f"C{number}", label=rule)
+            axis.axhline(0, color="0.8", zorder=0)
+            axis.set_xlim(left=0)
+            axis.set_xlabel(f"{label} / backpropagation's")
+            axis.grid(alpha=0.2)
+        row[0].set_ylabel(f"{blocks} blocks: points above backpropagation")
+        row[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=120)
+
+
 def attempt(job: tuple[int, str, int], options: argparse.Namespace) -> None:
     try:
         run(job, options)
@@ -337,6 +366,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/full_depth"))
+    parser.add_argument("--plot", type=Path, help="file for a picture of accuracy by span and work")
     options = parser.parse_args()
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -361,6 +391,8 @@ def main() -> None:
             "%" if issubclass(TASKS[options.task], Images) else "perplexity",
         )
     )
+    if options.plot:
+        plot([line for line in lines if line["task"] == options.task], options.plot)
 
 
 if __name__ == "__main__":
