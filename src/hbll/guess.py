@@ -2,7 +2,7 @@
 states that the batch had a step before."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll.blocks import Engine, make_engine, stack
-from hbll.late_buffers import register_late_buffers
+from hbll.late_buffers import map_tensors, own_copy, register_late_buffers
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.stages import Stages, fresh_copy
 from hbll.trace import Trace, attach_gradients, check_batch, wide
 from hbll.tree import Tree
 
-__all__ = ["GUESSES", "Guess", "MeanGuess", "StarGuess", "StreamGuess", "TreeGuess"]
+__all__ = ["GUESSES", "AheadGuess", "Guess", "MeanGuess", "StarGuess", "TreeGuess"]
 
 
 class Guess(nn.Module):
@@ -27,8 +27,12 @@ class Guess(nn.Module):
         """Makes the parameters that the guess needs for a network."""
 
     def forward(self, trace: Trace) -> Tensor:
-        """The guessed outputs h_1 .. h_S of all stages, (S, B, ...), without graph; h_S, where none starts, may miss."""
+        """The guessed outputs h_1 .. h_S of all stages, (S, B, ...), without graph; without h_S if none starts there."""
         raise NotImplementedError
+
+    def cold(self, trace: Trace) -> Tensor:
+        """The same for a batch that nothing is kept of and whose states are not to be computed one after the other."""
+        return self(trace)
 
     def learn(self, trace: Trace, states: Tensor) -> None:
         """Learns from the corrected outputs, (S, B, ...)."""
@@ -135,7 +139,7 @@ class StarGuess(TreeGuess):
         return [dict.fromkeys(tree.chain, 0)]
 
 
-class StreamGuess(Guess):
+class AheadGuess(Guess):
     """The batch's own states, computed in the steps before, while those steps' sweeps were made.
 
     A step waits for K + K_c + 1 evaluations of a stage, one after the other; in this time every batch in flight passes as
@@ -143,6 +147,8 @@ class StreamGuess(Guess):
     batch D = ceil((S - 1) / (K + K_c + 1)) steps after it came in. Its states are those of weights at most D steps old;
     the sweeps bring them up to date. In evaluation mode, and in the first D steps, the batch at hand passes all stages in
     order.
+
+    To be used with one network at a time: what is in flight are its states.
     """
 
     def __init__(self, rule: Rule) -> None:
@@ -153,7 +159,7 @@ class StreamGuess(Guess):
 
     def forward(self, trace: Trace) -> Tensor:
         delay = math.ceil((len(trace.stages.nodes) - 1) / self.stages_per_step)
-        if not self.training or not delay:
+        if not self.training or not torch.is_grad_enabled() or not delay:
             return self._in_order(trace)
         self._advance(trace)
         if len(self.flight) <= delay:
@@ -167,8 +173,8 @@ class StreamGuess(Guess):
         embedded, last = trace.boundary[0].detach(), trace.stages.nodes[-1]
         for _, _, states in self.flight:
             if len(states) < last:
-                check_batch("guess='stream'", embedded, states[0])
-        self.flight.append((trace.x, trace.y, [embedded]))
+                check_batch("guess='ahead'", embedded, states[0])
+        self.flight.append((*own_copy((trace.x, trace.y)), [embedded.clone()]))
         for turn in range(1, self.stages_per_step + 1):
             moving = {len(states): states for _, _, states in self.flight if len(states) < last}
             if moving:
@@ -188,20 +194,28 @@ class StreamGuess(Guess):
             trace.count(trace.stages.size([n]), trace.clock)
         return torch.stack(states)
 
+    def cold(self, trace: Trace) -> Tensor:
+        embedded = trace.boundary[0].detach()
+        return embedded.expand(len(trace.stages.nodes), *embedded.shape)
+
     def learn(self, trace: Trace, states: Tensor) -> None:
         """Nothing: it has no parameters."""
 
     def get_extra_state(self) -> dict[str, Any]:
         """Everything in flight, for checkpoints."""
-        return {"flight": list(self.flight)}
+        return {"flight": [(x, y, list(states)) for x, y, states in self.flight]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes up what ``get_extra_state`` gave."""
         self.flight = [(x, y, list(states)) for x, y, states in state["flight"]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AheadGuess":
+        self.flight = map_tensors(fn, self.flight)
+        return super()._apply(fn, recurse)
 
 
 def _rows(states: Tensor, nodes: Sequence[int]) -> Tensor:
     return torch.stack([states[n - 1] for n in nodes])
 
 
-GUESSES: dict[str, type[Guess]] = {"mean": MeanGuess, "tree": TreeGuess, "star": StarGuess, "stream": StreamGuess}
+GUESSES: dict[str, type[Guess]] = {"mean": MeanGuess, "tree": TreeGuess, "star": StarGuess, "ahead": AheadGuess}

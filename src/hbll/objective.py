@@ -162,7 +162,8 @@ class Objective(nn.Module):
 
     def predict(self, network: TreeNetwork, x: Any, sweeps: int) -> Tensor:
         """The head's output of scan states after so many sweeps: an anytime readout of the chain, which it becomes after as
-        many sweeps as there are stages.
+        many sweeps as there are stages. Sweeps start from the rule's guess; from the embedded input if that is computed
+        ahead.
 
         Raises:
             ValueError: the rule has other states.
@@ -171,7 +172,7 @@ class Objective(nn.Module):
             raise ValueError("the anytime readout is of scan states: take states='scan'")
         with torch.no_grad(), evaluating(self):  # what the guess keeps from step to step stays as it is
             trace = Trace(network, self.stages(network), self.rule, x, None)
-            states = self.states.sweep(trace, sweeps, None)
+            states = self.states.sweep(trace, self.states.guess.cold(trace), sweeps, None)
             return network.head(states[-1])
 
     def forward(self, network: TreeNetwork, x: Any, y: Any) -> Step:
@@ -235,6 +236,8 @@ class Objective(nn.Module):
 
     def diagnose(self, network: TreeNetwork, x: Any, y: Any) -> dict[int, NodeReport]:
         """The reports of one batch with ``rose`` and ``cosine``; costs about two steps and leaves no gradient behind.
+
+        States that training takes from earlier steps are computed anew here, in order: the cosine is that of the credit.
 
         Empty for the asynchronous pipeline, which has no gradients of the batch at hand.
         """

@@ -6,12 +6,14 @@ input is kept and evaluated again with the weights of the day, which no stash of
 activation recomputation in PipeMare, Yang et al., arXiv 1910.05124).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbll.credit import Credit, train_head
+from hbll.late_buffers import map_tensors, own_copy
 from hbll.rule import Rule
 from hbll.trace import Trace, attach_gradients
 
@@ -31,7 +33,7 @@ class LateCredit(Credit):
     def finish(self, trace: Trace) -> None:
         if not self.training:
             raise ValueError("an asynchronous pipeline has no gradients of the batch at hand to look at")
-        self.waiting.setdefault(0, []).append(trace.x)
+        self.waiting.setdefault(0, []).append(own_copy(trace.x))
         for wave in trace.waves:
             for n, state in zip(wave.nodes, wave.inputs.detach().unbind(0), strict=True):
                 self.waiting.setdefault(n, []).append(state)
@@ -78,3 +80,7 @@ class LateCredit(Credit):
         """Takes up what ``get_extra_state`` gave."""
         self.waiting = {int(n): list(states) for n, states in state["waiting"].items()}
         self.arriving = {int(n): gradient for n, gradient in state["arriving"].items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LateCredit":
+        self.waiting, self.arriving = map_tensors(fn, (self.waiting, self.arriving))
+        return super()._apply(fn, recurse)

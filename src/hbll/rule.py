@@ -57,9 +57,9 @@ class Rule:
     """Sweeps of scan credit."""
     tolerance: float | None = None
     """Sweeps of states end as soon as one moves them by less than this, relative to their norm."""
-    guess: Literal["stream", "mean", "tree", "star"] = "stream"
-    """Where the sweeps of states start: the batch's own states, computed with the weights of the steps before; a running
-    mean over steps; or predictors with parameters of their own, a tree of them or each on the embedded input."""
+    guess: Literal["ahead", "mean", "tree", "star"] = "ahead"
+    """Where the sweeps of states start: the batch's own states, computed ahead with the weights of the steps before; a
+    running mean over steps; or predictors with parameters of their own, a tree of them or each on the embedded input."""
     jumps: Sequence[nn.Module] = ()
     """The blocks of the predictors, one per stage; by default fresh copies of each stage's last block."""
     coarse: Literal["skip", "none"] = "skip"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hbll.blocks import stack
 from hbll.credit import Credit
 from hbll.guess import GUESSES
-from hbll.late_buffers import register_late_buffers
+from hbll.late_buffers import own_copy, register_late_buffers
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.scan import Coarse, correct, defect
@@ -94,7 +94,7 @@ class ScanStates(States):
         self.guess.prepare(network, stages)
 
     def forward(self, trace: Trace, credit: Credit) -> None:
-        states = self.sweep(trace, self.rule.sweeps - 1, self.rule.tolerance)
+        states = self.sweep(trace, self.guess(trace), self.rule.sweeps - 1, self.rule.tolerance)
         nodes = trace.stages.nodes
         inputs = self._inputs(trace, states)
         parts = []
@@ -107,9 +107,8 @@ class ScanStates(States):
         trace.head_state = corrected[-1]
         self.guess.learn(trace, corrected)
 
-    def sweep(self, trace: Trace, sweeps: int, tolerance: float | None) -> Tensor:
-        """The outputs h_1 .. h_S of all stages, (S, B, ...), after that many sweeps without graph from the guess."""
-        states = self.guess(trace)
+    def sweep(self, trace: Trace, states: Tensor, sweeps: int, tolerance: float | None) -> Tensor:
+        """The outputs h_1 .. h_S of all stages, (S, B, ...), after that many sweeps without graph from guessed ones."""
         for _ in range(sweeps):
             inputs = self._inputs(trace, states)
             last, states = states, correct(inputs, trace.sweep(inputs), self.coarse)
@@ -143,7 +142,7 @@ class StreamStates(States):
             trace.evaluate_in_order(carry_gradient=False)
             return
         waiting = 0
-        labels = trace.y.unsqueeze(0)
+        labels = own_copy(trace.y).unsqueeze(0)
         if self.inputs is not None and self.labels is not None:
             waiting = len(self.inputs)
             check_batch("stream", trace.boundary[0], self.inputs[0])

@@ -118,7 +118,7 @@ class Trace:
         embedded = network.embed(x)
         dim = network.features(embedded)
         self.family: Family = Gaussian(rule.variance, dim) if rule.family == "gaussian" else FAMILIES[rule.family](dim)
-        self.tokens = embedded.numel() // (embedded.shape[0] * embedded.shape[dim])
+        self.tokens = self._count_tokens(embedded)
         self.boundary: dict[int, Tensor] = {0: embedded}
         self.gradient: dict[int, Tensor] = {}
         self.target: dict[int, Tensor] = {}
@@ -234,6 +234,10 @@ class Trace:
         """Puts another batch in the place of the one at hand."""
         self.x, self.y = x, y
         self.place(0, self.network.embed(x))
+        self.tokens = self._count_tokens(self.boundary[0])
+
+    def _count_tokens(self, embedded: Tensor) -> int:
+        return embedded[0].numel() // embedded.shape[self.family.dim]
 
     def set_boundary(self, wave: Wave, boundary: Tensor, depth: int) -> None:
         """What the children of a wave's nodes will read, (n, B, ...), there at span ``depth``."""

@@ -13,6 +13,7 @@ from tests.test_objective import CLASSES, INPUTS, assert_equal_gradients, gradie
 from torch import nn
 
 import hbll
+from hbll.trace import Trace
 from hbll.training import checkpoint
 
 every_engine = pytest.mark.parametrize("engine", ["loop", "batched"])
@@ -90,7 +91,7 @@ def test_the_pseudo_code_while_weights_move(engine, blocks, size, sweeps, credit
     options = {"stage": size, "sweeps": sweeps, "credit_sweeps": credit_sweeps}
     if size > 1 or blocks == 1:  # stages of unlike sizes, or a single one, cannot be stacked
         engine = "auto"
-    objective = hbll.Objective("scan", guess="stream", engine=engine, **options)
+    objective = hbll.Objective("scan", guess="ahead", engine=engine, **options)
     reference = Reference(other, size, sweeps, credit_sweeps)
     for x, y in batches(8, seed):
         found, expected = gradients(net, objective(net, x, y).loss), gradients(other, reference.loss(x, y))
@@ -106,7 +107,7 @@ def test_with_frozen_weights_it_is_backpropagation_on_the_batch_that_is_due(size
     net, _, _ = mlp(8)
     due = delay(math.ceil(7 / size), sweeps, credit_sweeps)
     options = {"stage": size, "sweeps": sweeps, "credit_sweeps": credit_sweeps}
-    objective = hbll.Objective("scan", guess="stream", engine=engine if size < 3 else "auto", **options)
+    objective = hbll.Objective("scan", guess="ahead", engine=engine if size < 3 else "auto", **options)
     seen = batches(6)
     for t, (x, y) in enumerate(seen):
         step = objective(net, x, y)
@@ -119,7 +120,7 @@ def test_with_frozen_weights_it_is_backpropagation_on_the_batch_that_is_due(size
 @settings(max_examples=30, deadline=None)
 def test_once_the_pipeline_is_filled_it_costs_work_but_no_span(blocks, sweeps, credit_sweeps):
     net, _, _ = residual(blocks + 1)
-    objective = hbll.Objective("scan", guess="stream", sweeps=sweeps, credit_sweeps=credit_sweeps)
+    objective = hbll.Objective("scan", guess="ahead", sweeps=sweeps, credit_sweeps=credit_sweeps)
     for x, y in batches(delay(blocks, sweeps, credit_sweeps) + 1):
         step = objective(net, x, y)
     length = sweeps + credit_sweeps + 1
@@ -130,7 +131,7 @@ def test_once_the_pipeline_is_filled_it_costs_work_but_no_span(blocks, sweeps, c
 
 def test_training_goes_on_from_a_checkpoint(tmp_path):
     net, _, _ = residual(8)
-    options = {"sweeps": 1, "credit_sweeps": 0, "guess": "stream"}  # four batches in flight
+    options = {"sweeps": 1, "credit_sweeps": 0, "guess": "ahead"}  # four batches in flight
     objective = hbll.Objective("scan", **options)
     *before, (x, y) = batches(6)
     for earlier in before:
@@ -143,10 +144,51 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_without_graph_it_looks_at_the_batch_at_hand():
+    net, _, _ = residual(8)
+    objective = hbll.Objective("scan", sweeps=1, credit_sweeps=0)
+    (x, y), *others = batches(4)
+    for earlier in others:
+        objective(net, *earlier)
+    flight = list(objective.states.guess.flight)
+    with torch.no_grad():
+        objective.states.guess(Trace(net, objective.stages(net), objective.rule, x, y))
+    assert objective.states.guess.flight == flight
+
+
+@pytest.mark.parametrize("rule", ["scan", "stream", "pipeline"])
+def test_a_loader_may_use_its_buffers_again(rule):
+    net, _, _ = residual(8)
+    objective, careless = (hbll.Objective(rule, stage=2) for _ in range(2))
+    seen = batches(9)
+    buffers = [tensor.clone() for tensor in seen[0]]
+    for x, y in seen:
+        for buffer, newest in zip(buffers, (x, y), strict=True):
+            buffer.copy_(newest)
+        expected, found = (
+            gradients(net, one(net, *batch).loss) for one, batch in ((objective, (x, y)), (careless, buffers))
+        )
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("rule", ["scan", "stream", "pipeline"])
+def test_what_is_in_flight_moves_with_the_objective(rule):
+    net, _, _ = residual(8)
+    objective = hbll.Objective(rule, stage=2)
+    seen = batches(12)
+    for x, y in seen[:9]:
+        objective(net, x, y)
+    net.float()
+    objective.float()
+    for x, y in seen[9:]:
+        found = gradients(net, objective(net, x.float(), y).loss)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
+
+
 @pytest.mark.parametrize("look", ["eval", "diagnose", "audit", "predict"])
 def test_looking_moves_nothing_and_sees_the_batch_at_hand(look):
     net, _, _ = residual(8)
-    objective = hbll.Objective("scan", guess="stream", sweeps=1, credit_sweeps=7)
+    objective = hbll.Objective("scan", guess="ahead", sweeps=1, credit_sweeps=7)
     (x, y), *others = batches(4)
     for earlier in others:
         objective(net, *earlier)
@@ -158,21 +200,22 @@ def test_looking_moves_nothing_and_sees_the_batch_at_hand(look):
         assert min(report.cosine for report in objective.diagnose(net, x, y).values()) > 1 - 1e-9
     elif look == "audit":
         hbll.audit(net, objective, x, y)
-    else:
-        torch.testing.assert_close(objective.predict(net, x, 0), net(x))
+    else:  # the anytime readout starts from the embedded input
+        torch.testing.assert_close(objective.predict(net, x, 0), net.head(net.embed(x)))
+        torch.testing.assert_close(objective.predict(net, x, 7), net(x))
     assert all(a is b for a, b in zip(flight, objective.states.guess.flight, strict=True))
 
 
 @every_engine
 def test_batches_that_pass_stages_together_must_be_of_one_size(engine):
     net, x, y = residual(8)
-    objective = hbll.Objective("scan", guess="stream", sweeps=1, credit_sweeps=0, engine=engine)
+    objective = hbll.Objective("scan", guess="ahead", sweeps=1, credit_sweeps=0, engine=engine)
     objective(net, x, y)
     flight = list(objective.states.guess.flight)
-    with pytest.raises(ValueError, match=r"guess='stream' needs batches of one size: .*drop the last, short batch"):
+    with pytest.raises(ValueError, match=r"guess='ahead' needs batches of one size: .*drop the last, short batch"):
         objective(net, x[:2], y[:2])
     assert objective.states.guess.flight == flight
-    alone = hbll.Objective("scan", guess="stream", engine=engine)  # one batch in flight at a time
+    alone = hbll.Objective("scan", guess="ahead", engine=engine)  # one batch in flight at a time
     for size in (4, 2, 3):
         found = gradients(net, alone(net, x[:size], y[:size]).loss)
     assert all(g.isfinite().all() for g in found.values())
