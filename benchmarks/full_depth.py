@@ -6,8 +6,8 @@
 One process a run, --workers at once on whatever device there is. Every finished epoch (or 200 steps of a language model) is
 a line of OUT/full_depth.jsonl; a run whose last line stands there is not made again. The rules share data, order, initial
 network, optimizer (AdamW 1e-3, cosine schedule, no augmentation unless --augment) and budget; only the rule differs.
-The whole test set is used. Cosines are between a stage's update and backpropagation's on 256 training samples; of `scan` from
-states computed ahead, on the batch that is due after a line's last step.
+The whole test set is used. Cosines are between a stage's update and backpropagation's on 256 training samples; of `scan`
+from states computed ahead, on the batch that is due after a line's last step.
 """
 
 import argparse
