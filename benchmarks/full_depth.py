@@ -106,13 +106,13 @@ class Images:
 
     def batches(self):
         draw = np.random.default_rng(torch.initial_seed())
+        whole = (
+            len(self.train) // self.batch_size * self.batch_size
+        )  # stream wants batches of one size, so all get them
         while True:
-            for batch in torch.randperm(len(self.train)).split(self.batch_size):
-                if (
-                    len(batch) == self.batch_size
-                ):  # stream wants batches of one size, so nobody gets the last, short one
-                    samples = self.train[batch.to(self.train.labels.device)]
-                    yield (crop_and_flip(samples.inputs, draw) if self.augment else samples.inputs), samples.labels
+            for batch in torch.randperm(len(self.train))[:whole].split(self.batch_size):
+                samples = self.train[batch.to(self.train.labels.device)]
+                yield (crop_and_flip(samples.inputs, draw) if self.augment else samples.inputs), samples.labels
 
     def probe(self) -> tuple[Tensor, Tensor]:
         return self.train.inputs[:256], self.train.labels[:256]

@@ -38,9 +38,8 @@ class TestMean:
     @every_engine
     def test_updates(self, engine):
         net, x, y = residual(5)
-        objective = hbll.Objective(
-            "scan", guess="mean", sweeps=8, engine=engine
-        )  # the corrected states are the chain's
+        # Eight sweeps: the corrected states are the chain's.
+        objective = hbll.Objective("scan", guess="mean", sweeps=8, engine=engine)
         mean = None
         for _ in range(4):
             x = torch.randn_like(x)
