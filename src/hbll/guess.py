@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll.blocks import Engine, make_engine, stack
-from hbll.late_buffers import map_tensors, own_copy, register_late_buffers
+from hbll.kept import map_tensors, own_copy, register_late_buffers
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.stages import Stages, fresh_copy

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hbll.credit import Credit, train_head
-from hbll.late_buffers import map_tensors, own_copy
+from hbll.kept import map_tensors, own_copy
 from hbll.rule import Rule
 from hbll.trace import Trace, attach_gradients
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hbll.blocks import stack
 from hbll.credit import Credit
 from hbll.guess import GUESSES
-from hbll.late_buffers import own_copy, register_late_buffers
+from hbll.kept import own_copy, register_late_buffers
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.scan import Coarse, correct, defect
