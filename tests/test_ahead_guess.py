@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.test_objective import CLASSES, INPUTS, assert_equal_gradients, gradients, mlp, residual
-from torch import nn
+from tests.test_scan_rule import cut, reference_scan
 
 import hbll
 from hbll.trace import Trace
@@ -39,14 +39,13 @@ class Reference:
     """scan from the states of older weights, batch by batch and stage by stage; states as lists h_0, h_1, .."""
 
     def __init__(self, net, size, sweeps, credit_sweeps):
-        self.net, self.sweeps, self.credit_sweeps = net, sweeps, credit_sweeps
-        blocks = list(net.blocks)
-        self.f = [nn.Sequential(*blocks[start : start + size]) for start in range(0, len(blocks), size)]
+        self.net, self.size, self.sweeps, self.credit_sweeps = net, size, sweeps, credit_sweeps
+        self.f = cut(net, size)
         self.delay = delay(len(self.f), sweeps, credit_sweeps)
         self.queue = []
 
     def loss(self, x, y):
-        """The loss of a step, and the states before and after its last sweep."""
+        """The loss of a step."""
         self.queue.append((x, y, [self.net.embed(x).detach()]))
         for _, _, states in self.queue:
             for stage in islice(self.f, len(states) - 1, len(states) + self.sweeps + self.credit_sweeps):
@@ -57,23 +56,8 @@ class Reference:
             states = [self.net.embed(x).detach()]
             for stage in self.f:
                 states.append(stage(states[-1]).detach())
-        z0 = self.net.embed(x)
-        states = [z0.detach(), *states[1:]]
-        for _ in range(self.sweeps):
-            outputs = [stage(state) for stage, state in zip(self.f, states, strict=False)]
-            rests = [output.detach() - state for output, state in zip(outputs, states, strict=False)]
-            starts, states = states, [z0.detach() + sum(rests[:n]) for n in range(len(self.f) + 1)]
-        last = states[-1].requires_grad_()
-        loss = F.cross_entropy(self.net.head(last), y)
-        (at_head,) = torch.autograd.grad(loss, last, retain_graph=True)
-        credit = [at_head] * (len(self.f) + 1)
-        for _ in range(self.credit_sweeps):
-            pulled = []
-            for stage, start, b in zip(self.f, starts, credit[1:], strict=False):
-                start = start.detach().requires_grad_()
-                pulled.append(torch.autograd.grad(stage(start), start, b)[0] - b)
-            credit = [at_head + sum(pulled[n:]) for n in range(len(self.f) + 1)]
-        return loss + sum((o * b).sum() for o, b in zip([z0, *outputs], credit, strict=True))
+        options = self.sweeps, self.credit_sweeps, self.size
+        return reference_scan(self.net, x, y, *options, guess=states[1:])[0]
 
 
 @every_engine

@@ -41,8 +41,8 @@ def cut(net, size):
     return [nn.Sequential(*blocks[start : start + size]) for start in range(0, len(blocks), size)]
 
 
-def reference_scan(net, x, y, sweeps, credit_sweeps, size=1, mean=None, stops=True):
-    """The specification's pseudo-code, stage by stage.
+def reference_scan(net, x, y, sweeps, credit_sweeps, size=1, mean=None, stops=True, guess=None):
+    """The specification's pseudo-code, stage by stage, from a running mean or any other guess of h_1, h_2, ..
 
     Returns the loss, the corrected states h_0 .. h_S, those of the sweep before, and b_0 .. b_S. Without ``stops`` the
     sums of states carry their graph: what the specification warns of.
@@ -51,7 +51,7 @@ def reference_scan(net, x, y, sweeps, credit_sweeps, size=1, mean=None, stops=Tr
     last = len(f)
     z0 = net.embed(x)
     start = z0.detach()
-    h = [start] + [start if mean is None else start + mean[n] for n in range(last)]
+    h = [start, *(guess or [start if mean is None else start + mean[n] for n in range(last)])]
     for _ in range(sweeps - 1):
         with torch.no_grad():
             rest = [f[m - 1](h[m - 1]) - h[m - 1] for m in range(1, last + 1)]

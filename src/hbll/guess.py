@@ -174,7 +174,7 @@ class AheadGuess(Guess):
         for _, _, states in self.flight:
             if len(states) < last:
                 check_batch("guess='ahead'", embedded, states[0])
-        self.flight.append((*own_copy((trace.x, trace.y)), [embedded.clone()]))
+        self.flight.append(own_copy((trace.x, trace.y, [embedded])))
         for turn in range(1, self.stages_per_step + 1):
             moving = {len(states): states for _, _, states in self.flight if len(states) < last}
             if moving:

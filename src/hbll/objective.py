@@ -258,7 +258,7 @@ class Objective(nn.Module):
                 after = c.energy(c.target) + per_sample(family.divergence(target, prior))
                 share = (after > c.energy(c.prior)).float().mean(1)
                 rose.update(zip(c.nodes, share.tolist(), strict=True))
-        return step.report(rose, self._cosines(network, step, x, y))
+        return step.report(rose, self.cosines(network, step))
 
     def extra_repr(self) -> str:
         return f"{self.rule}"
@@ -271,8 +271,12 @@ class Objective(nn.Module):
         super().__setstate__(state)
         self._stages = WeakKeyDictionary()
 
-    def _cosines(self, network: TreeNetwork, step: Step, x: Any, y: Any) -> dict[int, float]:
-        exact = Objective("bp", loss=self.rule.loss, engine="loop")(network, x, y)
+    def cosines(self, network: TreeNetwork, step: Step) -> dict[int, float]:
+        """Between every node's gradient in a step and backpropagation's on the batch that the step learned from.
+
+        The step's graph is gone afterwards.
+        """
+        exact = Objective("bp", loss=self.rule.loss, engine="loop")(network, step.trace.x, step.trace.y)
         stages = enumerate(step.trace.stages.numbers, 1)
         owned = {n: [p for b in numbers for p in network.blocks[b - 1].parameters()] for n, numbers in stages}
         return gradient_cosines(step.loss, exact.loss, owned)
