@@ -7,12 +7,13 @@ from itertools import accumulate, combinations, pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.reference import parents
 from tests.test_objective import (
     CLASSES,
     INPUTS,
+    WIDTH,
     Layer,
     assert_equal_gradients,
     convolutional,
@@ -20,6 +21,7 @@ from tests.test_objective import (
     mlp,
     transformer,
 )
+from tests.test_scan_rule import Bounded, chain_states
 from torch import nn
 
 import hbll
@@ -271,6 +273,50 @@ class TestStates:
         objective(net, x, y)
         assert not objective.states.inputs.requires_grad
         assert objective.states.inputs.grad_fn is None
+
+
+class TestErrorBound:
+    """Of the credit that a spine gives, by the Jacobians of jumps and chain (docs/full-depth.md)."""
+
+    @settings(max_examples=30, deadline=None)
+    @given(
+        blocks=st.integers(1, 12),
+        kind=st.sampled_from(["doubling", "right", "last", "none"]),
+        lipschitz=st.floats(0.02, 1),
+        seed=st.integers(0, 1000),
+    )
+    def test_by_jacobians(self, blocks, kind, lipschitz, seed):
+        torch.manual_seed(seed)
+        chain = [Bounded(5, lipschitz) for _ in range(blocks)]
+        net = hbll.TreeNetwork(nn.Linear(INPUTS, WIDTH), chain, nn.Linear(WIDTH, CLASSES)).double()
+        x, y = torch.randn(1, INPUTS, dtype=torch.float64), torch.tensor([1])
+        credit = hbll.Objective("stream", states="chain", spine=kind)(net, x, y).trace.gradient
+        states = [state.detach() for state in chain_states(net, x)]
+
+        def follow(state, numbers):
+            """Where some blocks lead, the Jacobian of the way, and the gradient of the head's loss there."""
+            way = torch.eye(WIDTH, dtype=torch.float64)
+            for number in numbers:
+                block = net.blocks[number - 1]
+                way = torch.func.jacrev(lambda z, block=block: block(z.unsqueeze(0)).squeeze(0))(state[0]) @ way
+                state = block(state)
+            at_head = torch.func.grad(lambda z: F.cross_entropy(net.head(z), y))(state)
+            return state, way.detach(), at_head.detach()
+
+        for n in range(1, blocks + 1):
+            jumps, position = [], n
+            while (position := next_position(n, position, blocks, kind)) is not None:
+                jumps.append(position)
+            landing, spine_way, at_landing = follow(states[n], jumps)
+            _, chain_way, at_end = follow(states[n], range(n + 1, blocks + 1))
+            error = (credit[n] - at_end @ chain_way).norm()
+            mismatch, head_changed = (torch.linalg.matrix_norm(spine_way - chain_way, 2), (at_landing - at_end).norm())
+            length = torch.linalg.matrix_norm(spine_way, 2)
+            assert error <= mismatch * at_end.norm() + length * head_changed + 1e-12
+            # What the two sides are at most, for residual blocks.
+            assert mismatch <= (1 + lipschitz) ** (blocks - n) + (1 + lipschitz) ** len(jumps) - 2 + 1e-9
+            curvature = torch.linalg.matrix_norm(net.head.weight, 2) ** 2 / 2  # of the cross-entropy
+            assert head_changed <= curvature * (landing - states[-1]).norm() + 1e-12
 
 
 class TestSpine:
