@@ -9,12 +9,12 @@ epoch. A finished run is a line of OUT/TASK.jsonl and is not made again.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import ledger
 import numpy as np
 import torch
 
@@ -84,9 +84,8 @@ def table(runs: list[dict]) -> str:
     for feedback, cuts in dict.fromkeys((run["feedback"], run["cuts"]) for run in runs):
         same = [run for run in runs if (run["feedback"], run["cuts"]) == (feedback, cuts)]
         accuracies = [100 * run["accuracy"] for run in same]
-        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(same) > 1 else ""
         lines.append(
-            f"| {cuts} | {feedback} | {statistics.mean(accuracies):.2f}{spread} | {len(same)} "
+            f"| {cuts} | {feedback} | {ledger.mean_and_spread(accuracies)} | {len(same)} "
             f"| {same[0]['work'] / baseline['work']:.2f} | {same[0]['span'] / baseline['span']:.2f} "
             f"| {statistics.mean(run['seconds'] for run in same):.0f} |"
         )
@@ -109,16 +108,14 @@ def main() -> None:
         network, first = recipe.initial_network(0), splits.train[: recipe.batch_size]
         rule = make_rule("learned", cuts, network, first.inputs)
         print(f"{cuts} blocks\n{audit(network, rule, first.inputs, first.labels)}\n", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{options.task}.jsonl"
-    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    runs = ledger.read(file)
     done = {(run["feedback"], run["cuts"], run["seed"]) for run in runs}
     for seed in options.seeds:
         for feedback, cuts in [("bp", 1), *((kind, cuts) for cuts in options.cuts for kind in options.feedback)]:
             if (feedback, cuts, seed) not in done:
                 runs.append(trained(recipe, feedback, cuts, seed, splits.train, splits.test))
-                with file.open("a") as lines:
-                    lines.write(json.dumps(runs[-1]) + "\n")
+                ledger.append(file, runs[-1])
                 print(runs[-1], flush=True)
     print(table(runs))
 

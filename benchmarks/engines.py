@@ -11,13 +11,13 @@ for N = 4..256, beside the formulas.
 """
 
 import argparse
-import json
 import math
 import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import ledger
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -196,9 +196,7 @@ def main() -> None:
                 for batch in options.batches:
                     rows.append(compare(kind, blocks, width, batch, options, device))
                     if options.out:
-                        options.out.mkdir(parents=True, exist_ok=True)
-                        with (options.out / "engines.jsonl").open("a") as file:
-                            file.write(json.dumps(rows[-1]) + "\n")
+                        ledger.append(options.out / "engines.jsonl", rows[-1])
     print(engine_table(rows, options.rules))
     print()
     print(counter_table())

@@ -13,13 +13,13 @@ from states computed ahead, on the batch that is due after a line's last step.
 import argparse
 import copy
 import itertools
-import json
 import math
 import statistics
 import time
 import traceback
 from pathlib import Path
 
+import ledger
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -259,8 +259,7 @@ def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
             line["cosine"] = [round(cosine, 3) for cosine in cosines(objective, task, x, y)]
             if done == task.steps:
                 line["peak_mib"] = step_memory(task.network, objective, Samples(x, y)) / 2**20
-            with (options.out / "full_depth.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            ledger.append(options.out / "full_depth.jsonl", line)
 
 
 def table(lines: list[dict], better: str) -> str:
@@ -280,9 +279,8 @@ def table(lines: list[dict], better: str) -> str:
         found = [line for line in last if (line["task"], line["blocks"], line["rule"]) == (task, blocks, rule)]
 
         def show(what: str, found: list[dict] = found, task: str = task) -> str:
-            values = [100 * line[what] if issubclass(TASKS[task], Images) else math.exp(line[what]) for line in found]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            return f"{statistics.mean(values):.2f}{spread}"
+            accuracy = issubclass(TASKS[task], Images)
+            return ledger.mean_and_spread([100 * line[what] if accuracy else math.exp(line[what]) for line in found])
 
         rows.append(
             f"| {task} | {blocks} | {rule} | {found[0]['span_of_bp']:.2f} | {found[0]['relative_work']:.2f} "
@@ -358,12 +356,10 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "full_depth.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {
         (line["blocks"], line["rule"], line["seed"])
-        for line in lines
+        for line in ledger.read(log)
         if line["step"] == line["of"] and line["task"] == options.task
     }
     jobs = [
@@ -373,15 +369,10 @@ def main() -> None:
     ]
     with torch.multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         pool.starmap(attempt, [(job, options) for job in jobs], chunksize=1)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    print(
-        table(
-            [line for line in lines if line["task"] == options.task],
-            "%" if issubclass(TASKS[options.task], Images) else "perplexity",
-        )
-    )
+    lines = [line for line in ledger.read(log) if line["task"] == options.task]
+    print(table(lines, "%" if issubclass(TASKS[options.task], Images) else "perplexity"))
     if options.plot:
-        plot([line for line in lines if line["task"] == options.task], options.plot)
+        plot(lines, options.plot)
 
 
 if __name__ == "__main__":

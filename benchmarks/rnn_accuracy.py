@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import ledger
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -181,15 +182,11 @@ def name_of(job: dict) -> str:
     return f"{job['task']}-{job['cell']}-d{job['depth']}-w{job['width']}-{job['method']}-s{job['seed']}"
 
 
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def table(out: Path, jobs: list[dict]) -> str:
     """Markdown, a row per task, depth and method; means over the seeds that are done, and their number."""
     rows = {}
     for job in jobs:
-        lines = read_lines(out / f"{name_of(job)}.jsonl")
+        lines = ledger.read(out / f"{name_of(job)}.jsonl")
         if lines:
             rows.setdefault((job["task"], job["cell"], job["depth"], job["method"]), []).append(lines)
     text = [
@@ -225,7 +222,7 @@ def plot(out: Path, jobs: list[dict]) -> None:
     for (task, depth), panel in zip(panels, axes[0], strict=True):
         panel.set(title=f"{task}, N = {2**depth}", xlabel="epoch", ylabel="chain, %")
         for job in jobs:
-            lines = read_lines(out / f"{name_of(job)}.jsonl")
+            lines = ledger.read(out / f"{name_of(job)}.jsonl")
             if (job["task"], job["depth"]) == (task, depth) and lines:
                 label = job["method"] if job["seed"] == 0 else None
                 colour = f"C{methods.index(job['method'])}"

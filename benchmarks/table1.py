@@ -9,12 +9,11 @@ run whose last epoch stands there is not made again, so that an interrupted tabl
 
 import argparse
 import itertools
-import json
 import multiprocessing
-import statistics
 import time
 from pathlib import Path
 
+import ledger
 import torch
 from torch import nn
 
@@ -51,8 +50,7 @@ def train(job: tuple[int, int, str, int], epochs: int, data_dir: Path, out: Path
         accuracy = {path: (found == data.test.labels).float().mean().item() for path, found in predicted.items()}
         line = {"layers": layers, "width": width, "method": method, "seed": seed, "epoch": epoch, **accuracy}
         line["seconds"] = time.perf_counter() - started
-        with (out / "table1.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        ledger.append(out / "table1.jsonl", line)
 
 
 def table(lines: list[dict], epochs: int) -> str:
@@ -71,8 +69,8 @@ def table(lines: list[dict], epochs: int) -> str:
                 for line in last
                 if (line["layers"], line["width"], line["method"]) == (layers, width, method)
             ]
-            spread = f" ± {statistics.stdev(found):.2f} ({len(found)} seeds)" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.2f}{spread}" if found else "")
+            seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
+            cells.append(f"{ledger.mean_and_spread(found)}{seeds}" if found else "")
         published = "{:.2f} ({:.2f})".format(*PAPER[layers, width])
         rows.append(f"| {layers} | {width} | {' | '.join(cells)} | {published} |")
     return "\n".join(rows)
@@ -90,12 +88,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/table1"))
     options = parser.parse_args()
 
-    options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "table1.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {
         (line["layers"], line["width"], line["method"], line["seed"])
-        for line in lines
+        for line in ledger.read(log)
         if line["epoch"] == options.epochs
     }
     jobs = [
@@ -108,7 +104,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
         arguments = [(job, options.epochs, options.data_dir, options.out) for job in jobs]
         pool.starmap(train, arguments, chunksize=1)
-    print(table([json.loads(line) for line in log.read_text().splitlines()], options.epochs))
+    print(table(ledger.read(log), options.epochs))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""Results as lines of JSON in a file, which an interrupted benchmark goes on from, and how they are shown."""
+
+import json
+import statistics
+from pathlib import Path
+
+
+def read(file: Path) -> list[dict]:
+    """All lines so far, none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def append(file: Path, line: dict) -> None:
+    """Adds one line; the folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """The mean, and the standard deviation if there are several values."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
