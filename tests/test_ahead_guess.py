@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.test_objective import CLASSES, INPUTS, assert_equal_gradients, gradients, mlp, residual
 from tests.test_scan_rule import cut, reference_scan
@@ -100,17 +100,21 @@ def test_with_frozen_weights_it_is_backpropagation_on_the_batch_that_is_due(size
         assert step.defect.item() < 1e-12
 
 
-@given(blocks=st.integers(2, 40), sweeps=st.integers(1, 4), credit_sweeps=st.integers(0, 4))
+@given(blocks=st.integers(2, 40), size=st.integers(1, 4), sweeps=st.integers(1, 4), credit_sweeps=st.integers(0, 4))
 @settings(max_examples=30, deadline=None)
-def test_once_the_pipeline_is_filled_it_costs_work_but_no_span(blocks, sweeps, credit_sweeps):
+def test_once_the_pipeline_is_filled_it_costs_work_but_no_span(blocks, size, sweeps, credit_sweeps):
+    stages = math.ceil(blocks / size)
+    assume(stages > 1)
     net, _, _ = residual(blocks + 1)
-    objective = hbll.Objective("scan", guess="ahead", sweeps=sweeps, credit_sweeps=credit_sweeps)
-    for x, y in batches(delay(blocks, sweeps, credit_sweeps) + 1):
+    objective = hbll.Objective("scan", stage=size, sweeps=sweeps, credit_sweeps=credit_sweeps, engine="loop")
+    for x, y in batches(delay(stages, sweeps, credit_sweeps) + 1):
         step = objective(net, x, y)
     length = sweeps + credit_sweeps + 1
-    assert step.span == length
+    assert step.span == size * length
     # Every step some batches pass as many stages as one batch passes in all its steps, the last of which may be cut short.
-    assert step.work == blocks * length + blocks - 1
+    ahead = size * (stages - 1)
+    # All sweeps and all parameters' products, and the walk back inside stages, where blocks hand the gradient on.
+    assert step.work == blocks * length + blocks - stages + ahead
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path):
