@@ -17,10 +17,10 @@ DIGITS = RECIPES["digits"](blocks=7, width=8, epochs=1, train_samples=128)
 
 @pytest.mark.parametrize("recipe", RECIPES.values())
 def test_every_recipe_with_a_tree_of_blocks_has_the_options(recipe):
-    options = {"stage": 2, "rim": 0.5}
+    options = {"stage": 2, "sweeps": 5, "credit_sweeps": 0, "rim": 0.5}
     if isinstance(recipe().network(), TreeNetwork):
-        rule = recipe(**options).objective("bp").rule
-        assert (rule.stage, rule.rim) == (2, 0.5)
+        rule = recipe(**options).objective("scan").rule
+        assert {option: getattr(rule, option) for option in options} == options
     else:
         with pytest.raises(TypeError):
             recipe(**options)
@@ -31,6 +31,8 @@ def test_what_is_not_chosen_is_the_presets_own(method):
     assert DIGITS.objective(method).rule == Objective(method).rule
     assert replace(DIGITS, stage=3).objective(method).rule == Objective(method, stage=3).rule
     assert replace(DIGITS, rim=0.1).objective(method).rule == Objective(method, rim=0.1).rule
+    swept = replace(DIGITS, sweeps=1, credit_sweeps=2)
+    assert swept.objective(method).rule == Objective(method, sweeps=1, credit_sweeps=2).rule
 
 
 def test_a_single_stage_of_all_blocks_is_backpropagation():

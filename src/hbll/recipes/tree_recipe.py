@@ -1,11 +1,13 @@
 """What every recipe whose network is a tree of blocks has besides: its rules' options."""
 
+import math
 from dataclasses import dataclass
 
 from hbll.methods import METHODS
 from hbll.names import check_known
 from hbll.objective import Objective
 from hbll.protocols import TrainingRule
+from hbll.recipes.base import flag
 from hbll.recipes.cut_recipe import CutRecipe
 from hbll.rule import PRESETS
 
@@ -17,19 +19,28 @@ class TreeRecipe(CutRecipe):
     stage: int | None = None
     """Consecutive blocks that form one node, evaluated one after the other (the method's own number: 1)."""
 
+    sweeps: int | None = None
+    """Of the method scan: evaluations of all stages that correct its guess of the states (its own number: 3)."""
+
+    credit_sweeps: int | None = None
+    """Of the method scan: products that carry the head's gradient back, from all stages at once (its own number: 3)."""
+
     rim: float | None = None
     """Weight of the mean loss of the rim's paths, which keeps short paths accurate (the method's own: 0)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stage is not None and self.stage < 1:
-            raise ValueError(f"--stage must be at least 1, not {self.stage}")
-        if self.rim is not None and not 0 <= self.rim < float("inf"):
-            raise ValueError(f"--rim must be at least 0 and finite, not {self.rim}")
+        for option, value in self.chosen().items():
+            least = 1 if option in ("stage", "sweeps") else 0
+            if not least <= value < math.inf:
+                finite = " and finite" if option == "rim" else ""
+                raise ValueError(f"{flag(option)} must be at least {least}{finite}, not {value}")
+
+    def chosen(self) -> dict[str, float]:
+        """The rule's options that were given."""
+        given = {option: getattr(self, option) for option in ("stage", "sweeps", "credit_sweeps", "rim")}
+        return {option: value for option, value in given.items() if value is not None}
 
     def objective(self, method: str) -> TrainingRule:
         check_known(method, dict.fromkeys([*PRESETS, *METHODS]), "rule")
-        if method not in PRESETS:
-            return super().objective(method)
-        chosen = {"stage": self.stage, "rim": self.rim}
-        return Objective(method, **{option: value for option, value in chosen.items() if value is not None})
+        return Objective(method, **self.chosen()) if method in PRESETS else super().objective(method)
