@@ -1,5 +1,6 @@
 """The commands as a user calls them. Expected texts are those a user reads."""
 
+import errno
 import json
 import os
 import re
@@ -115,6 +116,23 @@ def test_a_mistake_is_told_alike_in_every_terminal(tmp_path, settings):
     process = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr == "hbll: --width must be at least 1, not 0\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "cifar10-conv", "--help"]])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(arguments):
+    command = [sys.executable, "-m", "hbll", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_an_error_of_the_machine_names_the_file_if_there_is_one(hbll, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    assert hbll("report", "x") == (2, "", "hbll: No space left on device\n")
 
 
 def test_a_file_where_the_folder_should_be_is_told(hbll):

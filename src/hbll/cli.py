@@ -7,6 +7,7 @@ imported when it runs, so that `hbll --help` answers at once. Results go to stdo
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -183,15 +184,22 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0, 2 after an error of the user's (one sentence on stderr), 130 after Ctrl-C."""
+    """Runs a command and exits: 0, 2 after an error of the user's (one sentence on stderr), 130 after Ctrl-C, 1 if whoever
+    reads its output has closed it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _dispatch(arguments)
+        try:
+            _dispatch(arguments)
+        finally:
+            sys.stdout.flush()
     except ValueError as error:
         print(f"hbll: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:  # a folder that is a file, a full disk
-        print(f"hbll: {error.strerror}: {error.filename}", file=sys.stderr)
+        print(f"hbll: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interruption:
         print(f"hbll: {interruption or 'interrupted'}", file=sys.stderr)
