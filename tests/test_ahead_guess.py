@@ -138,10 +138,10 @@ def test_without_graph_it_looks_at_the_batch_at_hand():
     (x, y), *others = batches(4)
     for earlier in others:
         objective(net, *earlier)
-    flight = list(objective.states.guess.flight)
+    flight = list(objective.states.guess.flight.nest)
     with torch.no_grad():
         objective.states.guess(Trace(net, objective.stages(net), objective.rule, x, y))
-    assert objective.states.guess.flight == flight
+    assert objective.states.guess.flight.nest == flight
 
 
 @pytest.mark.parametrize("rule", ["scan", "stream", "pipeline"])
@@ -180,7 +180,7 @@ def test_looking_moves_nothing_and_sees_the_batch_at_hand(look):
     (x, y), *others = batches(4)
     for earlier in others:
         objective(net, *earlier)
-    flight = list(objective.states.guess.flight)
+    flight = list(objective.states.guess.flight.nest)
     if look == "eval":
         step = objective.eval()(net, x, y)
         assert_equal_gradients(gradients(net, step.loss), gradients(net, F.cross_entropy(net(x), y)))
@@ -191,7 +191,7 @@ def test_looking_moves_nothing_and_sees_the_batch_at_hand(look):
     else:  # the anytime readout starts from the embedded input
         torch.testing.assert_close(objective.predict(net, x, 0), net.head(net.embed(x)))
         torch.testing.assert_close(objective.predict(net, x, 7), net(x))
-    assert all(a is b for a, b in zip(flight, objective.states.guess.flight, strict=True))
+    assert all(a is b for a, b in zip(flight, objective.states.guess.flight.nest, strict=True))
 
 
 @every_engine
@@ -199,10 +199,10 @@ def test_batches_that_pass_stages_together_must_be_of_one_size(engine):
     net, x, y = residual(8)
     objective = hbll.Objective("scan", guess="ahead", sweeps=1, credit_sweeps=0, engine=engine)
     objective(net, x, y)
-    flight = list(objective.states.guess.flight)
+    flight = list(objective.states.guess.flight.nest)
     with pytest.raises(ValueError, match=r"guess='ahead' needs batches of one size: .*drop the last, short batch"):
         objective(net, x[:2], y[:2])
-    assert objective.states.guess.flight == flight
+    assert objective.states.guess.flight.nest == flight
     alone = hbll.Objective("scan", guess="ahead", engine=engine)  # one batch in flight at a time
     for size in (4, 2, 3):
         found = gradients(net, alone(net, x[:size], y[:size]).loss)

@@ -1,5 +1,6 @@
 """Engines. Oracle: calling the blocks one by one, with autograd."""
 
+import random
 import warnings
 
 import numpy as np
@@ -234,6 +235,85 @@ def test_a_branch_on_values_is_refused_or_falls_back():
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
         torch.testing.assert_close(again[name], expected[name])
+
+
+class LayerDrop(Dense):
+    """Now and then left out, by Python's own random numbers."""
+
+    def forward(self, state):
+        return state if random.random() < 0.5 else super().forward(state)
+
+
+def test_a_draw_that_would_be_recorded_is_refused_or_falls_back():
+    net, x, y = network(LayerDrop)
+    with pytest.raises(
+        ValueError, match=r"blocks of type LayerDrop cannot be stacked in one call \(they draw from Python's"
+    ):
+        hbll.Objective("paper", engine="batched")(net, x, y)
+    with pytest.warns(UserWarning, match="they draw from Python's random"):
+        assert hbll.Objective("paper", engine="auto")(net, x, y).engine == "loop"
+
+
+@pytest.mark.parametrize("which", ["down", "down and out"])
+def test_parameters_tied_in_other_places_are_another_architecture(which):
+    class TiedAnyhow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.out = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+        def forward(self, state):
+            return self.out(torch.tanh(self.down(torch.tanh(self.up(state)))))
+
+    net, x, y = network(TiedAnyhow)
+    for block in net.blocks[::2]:
+        block.down.weight = block.up.weight
+    if which == "down and out":
+        for block in net.blocks[1::2]:
+            block.down.weight = block.out.weight
+    assert_engines_agree(net, x, y)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_block_in_all_places(stage):
+    net, x, y = network(Dense)
+    net.blocks = nn.ModuleList([net.blocks[0]] * 7)
+    exact = gradients(net, hbll.Objective("bp"), x, y)[1]
+    options = {"sweeps": 7, "credit_sweeps": 7, "guess": "mean", "stage": stage}
+    for engine in ("loop", "auto"):
+        found = gradients(net, hbll.Objective("scan", engine=engine, **options), x, y)[1]
+        for name in exact:
+            torch.testing.assert_close(found[name], exact[name])
+
+
+class Dropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)
+
+    def forward(self, state):
+        return state + self.drop(torch.tanh(self.linear(state)))
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_part_is_in_the_mode_that_it_is_put_in(stage, engine):
+    # Six blocks, so that all stages are alike.
+    net, x, y = network(Dropped, 6)
+    objective = hbll.Objective("scan", stage=stage, sweeps=6, guess="mean", engine=engine)
+
+    def losses():
+        return {objective(net, x, y).loss.item() for _ in range(4)}
+
+    for _ in range(2):
+        net.train()
+        assert len(losses()) == 4
+        net.eval()
+        (still,) = losses()
+        assert still == pytest.approx(F.cross_entropy(net(x), y).item())
+        net.train()
+        for block in net.blocks:
+            block.drop.eval()
+        assert losses() == {still}
 
 
 class TestChoice:

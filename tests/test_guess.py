@@ -51,15 +51,15 @@ class TestMean:
                 newest.append((state - z0).mean(0))
             newest = torch.stack(newest).detach()
             mean = newest if mean is None else 0.9 * mean + 0.1 * newest
-            torch.testing.assert_close(objective.states.guess.mean, mean)
-        assert not objective.states.guess.mean.requires_grad
+            torch.testing.assert_close(objective.states.guess.mean.nest, mean)
+        assert not objective.states.guess.mean.nest.requires_grad
 
     @pytest.mark.parametrize("look", ["eval", "diagnose", "audit", "predict"])
     def test_looking_does_not_move_it(self, look):
         net, x, y = residual(5)
         objective = hbll.Objective("scan", guess="mean")
         objective(net, x, y)
-        before = objective.states.guess.mean.clone()
+        before = objective.states.guess.mean.nest.clone()
         if look == "eval":
             objective.eval()(net, x + 1, y)
             objective.train()
@@ -69,15 +69,14 @@ class TestMean:
             hbll.audit(net, objective, x + 1, y)
         else:
             objective.predict(net, x + 1, 2)
-        assert torch.equal(objective.states.guess.mean, before)
+        assert torch.equal(objective.states.guess.mean.nest, before)
         assert objective.training
         objective(net, x + 1, y)
-        assert not torch.equal(objective.states.guess.mean, before)
+        assert not torch.equal(objective.states.guess.mean.nest, before)
 
     def test_it_is_saved_and_loaded(self):
         net, x, y = residual(5)
         objective = hbll.Objective("scan", guess="mean", sweeps=1)
-        assert not objective.state_dict()
         objective(net, x, y)
         fresh = hbll.Objective("scan", guess="mean", sweeps=1)
         fresh.load_state_dict(objective.state_dict())
@@ -85,7 +84,7 @@ class TestMean:
             x = x + 0.2
             one, other = objective(net, x, y), fresh(net, x, y)
             assert_equal_gradients(gradients(net, other.loss), gradients(net, one.loss))
-            assert torch.equal(objective.states.guess.mean, fresh.states.guess.mean)
+            assert torch.equal(objective.states.guess.mean.nest, fresh.states.guess.mean.nest)
 
 
 class TestTree:

@@ -654,11 +654,18 @@ class TestReports:
         hbll.Objective("paper").diagnose(net, x, y)
         assert all(p.grad is None for p in net.parameters())
 
-    def test_diagnosis_leaves_running_statistics_alone(self):
+    @pytest.mark.parametrize("look", ["diagnose", "audit", "predict"])
+    def test_looking_leaves_running_statistics_alone(self, look):
         blocks = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(3)]
         net = hbll.TreeNetwork(nn.Linear(4, 6), blocks, nn.Linear(6, 3))
         net.blocks[1].eval()
-        hbll.Objective("paper").diagnose(net, torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+        if look == "diagnose":
+            hbll.Objective("paper").diagnose(net, x, y)
+        elif look == "audit":
+            hbll.audit(net, hbll.Objective("paper"), x, y)
+        else:
+            hbll.Objective("scan").predict(net, x, 2)
         assert all(block[1].num_batches_tracked == 0 for block in net.blocks)
         assert [block.training for block in net.blocks] == [True, False, True]
 
@@ -667,6 +674,14 @@ class TestReports:
         net.blocks.requires_grad_(False)
         reports = hbll.Objective("paper").diagnose(net, x, y)
         assert all(report.cosine is None and report.rose is not None for report in reports.values())
+
+
+def test_a_wrapped_network_is_to_be_unwrapped():
+    net, x, y = mlp()
+    with pytest.raises(
+        ValueError, match=r"trains a TreeNetwork, not a Sequential; of a wrapper .* hand over its \.module"
+    ):
+        hbll.Objective("paper")(nn.Sequential(net), x, y)
 
 
 class TestOrdinaryTraining:

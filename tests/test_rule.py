@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+from torch import nn
 
 from hbll.rule import PRESETS, Rule, make_rule
 
@@ -73,6 +74,33 @@ def test_scales_are_positive(option, value):
 def test_what_cannot_be_is_refused(options):
     with pytest.raises(ValueError, match=r"\w{4,}"):
         Rule(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sweeps": 2.5}, "sweeps is a whole number; got 2.5"),
+        ({"credit_sweeps": None}, "credit_sweeps is a whole number; got None"),
+        ({"rim": "0.3"}, "rim is a number; got '0.3'"),
+        ({"stage": 2.0}, "stage is a whole number, or one for every node; got 2.0"),
+        ({"stage": "23"}, "stage is a whole number, or one for every node; got '23'"),
+        ({"stage": None}, "stage is a whole number, or one for every node; got None"),
+        ({"loss": "ce"}, "loss is a function of predictions and labels; got 'ce'"),
+    ],
+)
+def test_values_of_another_type_are_said_to_be(options, said):
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        Rule(**options)
+
+
+def test_a_loss_is_trained_by_backpropagation_alone():
+    loss = nn.Linear(1, 1)
+    with pytest.raises(
+        ValueError, match="the loss has parameters, which this rule does not train: let the head have them"
+    ):
+        make_rule("paper", {"loss": loss})
+    assert make_rule("bp", {"loss": loss}).loss is loss
+    assert make_rule("paper", {"loss": loss.requires_grad_(False)}).loss is loss
 
 
 def test_a_rule_cannot_be_changed():

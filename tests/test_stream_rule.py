@@ -133,8 +133,10 @@ class TestPseudoCode:
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
         if size != 9:
             kept = torch.stack([reference.inputs[n] for n in sorted(reference.inputs)])
-            torch.testing.assert_close(objective.states.inputs, kept)
-            assert torch.equal(objective.states.labels, torch.stack([reference.labels[n] for n in reference.labels]))
+            torch.testing.assert_close(objective.states.flight.nest["inputs"], kept)
+            assert torch.equal(
+                objective.states.flight.nest["labels"], torch.stack([reference.labels[n] for n in reference.labels])
+            )
 
     @every_engine
     def test_every_gradient_while_it_fills(self, engine):
@@ -183,8 +185,8 @@ class TestStates:
             tolerance = {"rtol": 0, "atol": 0} if engine == "loop" else {}
             torch.testing.assert_close(step.trace.boundary[n].detach(), state, **tolerance)
             if n:
-                torch.testing.assert_close(objective.states.inputs[n - 1], state, **tolerance)
-                assert torch.equal(objective.states.labels[n - 1], y)
+                torch.testing.assert_close(objective.states.flight.nest["inputs"][n - 1], state, **tolerance)
+                assert torch.equal(objective.states.flight.nest["labels"][n - 1], y)
             for block in stage:
                 state = net.blocks[block - 1](state).detach()
             torch.testing.assert_close(step.trace.outputs((n + 1,))[0], state, **tolerance)
@@ -224,7 +226,7 @@ class TestStates:
         else:
             other = hbll.Objective("stream", engine="loop")
             saved = objective.state_dict()
-            assert set(saved) == {"states.inputs", "states.labels"}
+            assert set(saved) == {"states.flight._extra_state"}
             if way == "file":
                 file = io.BytesIO()
                 torch.save(saved, file)
@@ -236,7 +238,7 @@ class TestStates:
         train(objective, net, optimizer, batches("mlp", 6, seed=2))
         train(other, twin, torch.optim.SGD(twin.parameters(), lr=0.1), batches("mlp", 6, seed=2))
         assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
-        assert torch.equal(objective.states.inputs, other.states.inputs)
+        assert torch.equal(objective.states.flight.nest["inputs"], other.states.flight.nest["inputs"])
         # And it matters: an objective that starts anew goes another way.
         twin.load_state_dict({name: p + 0 for name, p in twin.state_dict().items()})
         x, y = next(batches("mlp", 1, seed=3))
@@ -247,10 +249,10 @@ class TestStates:
         net, x, y = mlp(8)
         objective = hbll.Objective("stream", engine=engine)
         objective(net, x, y)
-        kept = objective.states.inputs.clone()
+        kept = objective.states.flight.nest["inputs"].clone()
         with pytest.raises(ValueError, match=r"batches of one size: states are \(3, 6\) now and were \(4, 6\) before"):
             objective(net, x[:3], y[:3])
-        assert torch.equal(objective.states.inputs, kept)
+        assert torch.equal(objective.states.flight.nest["inputs"], kept)
         objective(net, x, y)
 
     def test_in_evaluation_the_batch_passes_all_stages(self):
@@ -258,21 +260,21 @@ class TestStates:
         objective = hbll.Objective("stream", spine="none")
         for other in batches("mlp", 3):
             objective(net, *other)
-        kept = objective.states.inputs.clone()
+        kept = objective.states.flight.nest["inputs"].clone()
         objective.eval()
         step = objective(net, x[:3], y[:3])
         state = net.embed(x[:3])
         for n, block in enumerate(net.blocks, 1):
             state = block(state)
             assert step.nodes[n].error == pytest.approx(F.cross_entropy(net.head(state), y[:3]).item())
-        assert torch.equal(objective.states.inputs, kept)
+        assert torch.equal(objective.states.flight.nest["inputs"], kept)
 
     def test_states_are_kept_without_graph(self):
         net, x, y = mlp(8)
         objective = hbll.Objective("stream")
         objective(net, x, y)
-        assert not objective.states.inputs.requires_grad
-        assert objective.states.inputs.grad_fn is None
+        assert not objective.states.flight.nest["inputs"].requires_grad
+        assert objective.states.flight.nest["inputs"].grad_fn is None
 
 
 class TestErrorBound:
@@ -314,7 +316,9 @@ class TestErrorBound:
             length = torch.linalg.matrix_norm(spine_way, 2)
             assert error <= mismatch * at_end.norm() + length * head_changed + 1e-12
             # What the two sides are at most, for residual blocks.
-            assert mismatch <= (1 + lipschitz) ** (blocks - n) + (1 + lipschitz) ** len(jumps) - 2 + 1e-9
+            assert (
+                mismatch <= (1 + lipschitz) ** (blocks - n) + (1 + lipschitz) ** len(jumps) - 2 + 1e-6
+            )  # drawn in float32
             curvature = torch.linalg.matrix_norm(net.head.weight, 2) ** 2 / 2  # of the cross-entropy
             assert head_changed <= curvature * (landing - states[-1]).norm() + 1e-12
 
@@ -399,7 +403,7 @@ class TestShare:
         for x, y in batches("mlp", 5):
             sparse(net, x, y)
             full(net, x, y)
-        torch.testing.assert_close(sparse.states.inputs, full.states.inputs)
+        torch.testing.assert_close(sparse.states.flight.nest["inputs"], full.states.flight.nest["inputs"])
 
 
 class TestOwnHeads:

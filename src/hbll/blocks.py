@@ -5,6 +5,7 @@ inside the autograd graph and evaluates them in one vmapped call, so that a leve
 width; gradients flow back into the blocks' own parameters. Both give the same numbers up to rounding.
 """
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -90,13 +91,18 @@ class BatchedEngine(LoopEngine):
         super().__init__(blocks, names)
         self._fall_back = fall_back
         self._kinds = architectures(blocks)
+        self._modules = [list(block.modules()) for block in blocks]
         self._recorded: dict[tuple, Callable[..., Tensor]] = {}
 
     def partition(self, nodes: Sequence[int]) -> list[list[int]]:
-        kinds: dict[tuple[int, bool], list[int]] = {}
+        kinds: dict[tuple[int, tuple[bool, ...]], list[int]] = {}
         for position, n in enumerate(nodes):
-            kinds.setdefault((self._kinds[n - 1], self.blocks[n - 1].training), []).append(position)
+            kinds.setdefault((self._kinds[n - 1], self._modes(n)), []).append(position)
         return list(kinds.values())
+
+    def _modes(self, node: int) -> tuple[bool, ...]:
+        # Of all parts: users switch single ones, and a stage's container is not theirs.
+        return tuple([module.training for module in self._modules[node - 1]])
 
     def __call__(self, nodes: tuple[int, ...], inputs: Tensor) -> Evaluation:
         if len(nodes) == 1:
@@ -119,7 +125,7 @@ class BatchedEngine(LoopEngine):
         first = nodes[0] - 1
         device = inputs.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (self._kinds[first], self.blocks[first].training, inputs.shape, inputs.dtype, device, autocast)
+        key = (self._kinds[first], self._modes(nodes[0]), inputs.shape, inputs.dtype, device, autocast)
         if key not in self._recorded:
             names = [name for _, _, name in self._slots[first]]
             self._recorded[key] = record_batched(self.blocks[first], names, stacked, inputs)
@@ -141,9 +147,12 @@ def record_batched(
     def batched(*tensors: Tensor) -> Tensor:
         return vmap(call, randomness="different")(tensors[:-1], tensors[-1])
 
+    draws = random.getstate()
     try:
         with _attention(inputs.device.type), torch.random.fork_rng(_devices(inputs)):
             graph = make_fx(batched)(*(p.detach() for p in stacked), inputs.detach())
+        if random.getstate() != draws:
+            raise RuntimeError("they draw from Python's random, of which one draw would be recorded")
     except RuntimeError as error:
         raise ValueError(
             f"blocks of type {type(block).__name__} cannot be stacked in one call ({str(error).splitlines()[0]})"
@@ -237,8 +246,9 @@ def check_shape(name: str, output: Tensor, state: Tensor) -> None:
 def architectures(blocks: Sequence[nn.Module]) -> list[int]:
     """A number per block, equal for blocks that compute the same function of their parameters and input.
 
-    Two blocks are twins if their modules, plain attributes and parameter shapes agree. Blocks with buffers (running
-    statistics change in place), hooks or tensors as plain attributes have no twin.
+    Two blocks are twins if their modules, plain attributes and parameters' shapes agree, and which of these are the same
+    parameter. Blocks with buffers (running statistics change in place), hooks, tensors as plain attributes, or a module
+    that occurs twice have no twin.
     """
     described: list[object] = []
     kinds = []
@@ -266,14 +276,19 @@ def _describe(block: nn.Module) -> list | None:
     """Everything but the parameters' values that a block's function depends on, or None if that cannot be told."""
     if next(block.buffers(), None) is not None:
         return None
+    parts = [part for _, part in block.named_modules(remove_duplicate=False)]
+    if len(set(parts)) < len(parts):
+        return None
     description = []
+    seen: dict[nn.Parameter, int] = {}
     for name, module in block.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return None
         attributes = {key: value for key, value in vars(module).items() if key not in _TORCH_INTERNALS}
         if any(isinstance(value, Tensor) for value in attributes.values()):
             return None
-        shapes = [(key, p.shape, p.dtype, p.device) for key, p in module.named_parameters(recurse=False)]
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        shapes = [(key, p.shape, p.dtype, p.device, seen.setdefault(p, len(seen))) for key, p in parameters]
         description.append((name, type(module), attributes, shapes))
     return description
 

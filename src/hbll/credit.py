@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hbll.blocks import Evaluation, stack
 from hbll.inversion import gauss_newton, taylor
+from hbll.kept import concatenate, map_tensors
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.scan import Coarse, correct_transposed
@@ -274,9 +275,9 @@ class SpineCredit(Credit):
     def _arc(self, trace: Trace, nodes: tuple[int, ...]) -> Arc:
         spines = [spine(n, trace.tree, self.rule.spine) for n in nodes]
         if trace.labels is None:
-            labels = torch.cat([trace.y] * len(nodes))
+            labels = concatenate([trace.y] * len(nodes))
         else:
-            labels = trace.labels[[n - 1 for n in nodes]].flatten(0, 1)
+            labels = map_tensors(lambda label: label[[n - 1 for n in nodes]].flatten(0, 1), trace.labels)
         engine, rule, tokens, shared = trace.stages.last_blocks, trace.rule, trace.tokens, trace.network.head
         heads = {n: self._head(trace, n) for n in nodes}
 

@@ -2,7 +2,7 @@
 states that the batch had a step before."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll.blocks import Engine, make_engine, stack
-from hbll.kept import map_tensors, own_copy, register_late_buffers
+from hbll.kept import Kept, own_copy
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.stages import Stages, fresh_copy
@@ -45,22 +45,22 @@ class MeanGuess(Guess):
     momentum = 0.1
     """The weight of the newest batch, as in batch normalisation."""
 
-    mean: Tensor | None
-
     def __init__(self, rule: Rule) -> None:
         super().__init__()
-        register_late_buffers(self, "mean")
+        self.mean = Kept()
+        """(S, ...)."""
 
     def forward(self, trace: Trace) -> Tensor:
         embedded = trace.boundary[0].detach()
-        if self.mean is None:
+        mean = self.mean.of(trace)
+        if mean is None:
             return embedded.expand(len(trace.stages.nodes), *embedded.shape)
-        return embedded + self.mean.unsqueeze(1)
+        return embedded + mean.unsqueeze(1)
 
     def learn(self, trace: Trace, states: Tensor) -> None:
         if self.training:
-            newest = (states - trace.boundary[0].detach()).mean(1)
-            self.mean = torch.lerp(self.mean if self.mean is not None else newest, newest, self.momentum)
+            newest, mean = (states - trace.boundary[0].detach()).mean(1), self.mean.of(trace)
+            self.mean.leave(trace, newest if mean is None else torch.lerp(mean, newest, self.momentum))
 
 
 class TreeGuess(Guess):
@@ -148,35 +148,40 @@ class AheadGuess(Guess):
     the sweeps bring them up to date. In evaluation mode, and in the first D steps, the batch at hand passes all stages in
     order.
 
-    To be used with one network at a time: what is in flight are its states.
+    Args:
+        rule: how many evaluations a step waits for.
     """
 
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.stages_per_step = rule.sweeps + rule.credit_sweeps + 1
-        self.flight: list[tuple[Any, Any, list[Tensor]]] = []
+        self.flight = Kept()
         """Input, labels and the states so far, from the embedded input on, of every batch in flight, oldest first."""
 
     def forward(self, trace: Trace) -> Tensor:
-        delay = math.ceil((len(trace.stages.nodes) - 1) / self.stages_per_step)
-        if not self.training or not torch.is_grad_enabled() or not delay:
+        last = trace.stages.nodes[-1]
+        delay = math.ceil((last - 1) / self.stages_per_step)
+        if not self.training or not delay:
             return self._in_order(trace)
-        self._advance(trace)
-        if len(self.flight) <= delay:
+        # A rule that took up another's flight, of fewer sweeps, may find more batches there than it waits for.
+        flight = [*(self.flight.of(trace) or [])[-delay:], own_copy((trace.x, trace.y, [trace.boundary[0]]))]
+        self._advance(trace, flight)
+        x, y, states = flight[0]
+        if len(flight) <= delay or len(states) < last:
+            self.flight.leave(trace, flight)
             return self._in_order(trace)
-        x, y, states = self.flight.pop(0)
+        self.flight.leave(trace, flight[1:])
         trace.exchange(x, y)
         return torch.stack(states[1:])
 
-    def _advance(self, trace: Trace) -> None:
-        """Lets the batch at hand in, and every batch in flight some stages on."""
-        embedded, last = trace.boundary[0].detach(), trace.stages.nodes[-1]
-        for _, _, states in self.flight:
+    def _advance(self, trace: Trace, flight: Sequence[tuple[Any, Any, list[Tensor]]]) -> None:
+        """Lets every batch in flight pass some stages on."""
+        last = trace.stages.nodes[-1]
+        for _, _, states in flight:
             if len(states) < last:
-                check_batch("guess='ahead'", embedded, states[0])
-        self.flight.append(own_copy((trace.x, trace.y, [embedded])))
+                check_batch("guess='ahead'", trace.boundary[0], states[0])
         for turn in range(1, self.stages_per_step + 1):
-            moving = {len(states): states for _, _, states in self.flight if len(states) < last}
+            moving = {len(states): states for _, _, states in flight if len(states) < last}
             if moving:
                 nodes = tuple(sorted(moving))
                 outputs = trace.peek(nodes, torch.stack([moving[n][-1] for n in nodes]))
@@ -200,18 +205,6 @@ class AheadGuess(Guess):
 
     def learn(self, trace: Trace, states: Tensor) -> None:
         """Nothing: it has no parameters."""
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Everything in flight, for checkpoints."""
-        return {"flight": [(x, y, list(states)) for x, y, states in self.flight]}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes up what ``get_extra_state`` gave."""
-        self.flight = [(x, y, list(states)) for x, y, states in state["flight"]]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AheadGuess":
-        self.flight = map_tensors(fn, self.flight)
-        return super()._apply(fn, recurse)
 
 
 def _rows(states: Tensor, nodes: Sequence[int]) -> Tensor:

@@ -161,7 +161,7 @@ def _audit_tree(network: TreeNetwork, objective: Objective, x: Any, y: Any) -> A
     uses: dict[int, set[str]] = {}
     # One stage a call: a stacked call would connect every loss of a level with every stage of it.
     stages = Stages(network.blocks, objective.rule.stage, "loop")
-    with evaluating(objective), _thawed(network.parameters()) as frozen:
+    with evaluating(network), evaluating(objective), _thawed(network.parameters()) as frozen:
         reader = _Reader({part.name: part.parameters for part in parts(network)}, frozen)
 
         def observe(nodes: tuple[int, ...], value: Tensor) -> None:

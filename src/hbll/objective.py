@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hbll.blocks import stack
 from hbll.credit import ArcCredit, Credit, ExactCredit, ScanCredit, SpineCredit, label_errors
+from hbll.kept import Kept
 from hbll.layout import Layout, Readout
 from hbll.network import TreeNetwork, evaluating
 from hbll.pipeline import LateCredit
@@ -128,7 +129,16 @@ class Objective(nn.Module):
         self._stages: WeakKeyDictionary[TreeNetwork, Stages] = WeakKeyDictionary()
 
     def stages(self, network: TreeNetwork) -> Stages:
-        """The network's stages and the engine that evaluates them, made when the objective first sees these blocks."""
+        """The network's stages and the engine that evaluates them, made when the objective first sees these blocks.
+
+        Raises:
+            ValueError: it is no network of blocks, or cannot be cut as the rule has it.
+        """
+        if not hasattr(network, "blocks"):  # a compiled TreeNetwork has them
+            raise ValueError(
+                f"an objective trains a TreeNetwork, not a {type(network).__name__}; of a wrapper such as "
+                "DistributedDataParallel hand over its .module"
+            )
         stages = self._stages.get(network)
         if stages is None or stages.blocks != list(network.blocks):
             stages = self._stages[network] = Stages(network.blocks, self.rule.stage, self.rule.engine)
@@ -144,6 +154,13 @@ class Objective(nn.Module):
         self.states.prepare(network, self.stages(network))
         self.credit.prepare(network, self.stages(network))
         return self
+
+    def reset(self) -> None:
+        """Forgets what the rule keeps from step to step, such as mini-batches on their way: it is ready for another network,
+        or for batches of another size."""
+        for module in self.modules():
+            if isinstance(module, Kept):
+                module.reset()
 
     def readouts(self, network: TreeNetwork) -> list[Readout]:
         """The chain and the paths that the tree trains, which are measured of every rule alike."""
@@ -166,11 +183,17 @@ class Objective(nn.Module):
         ahead.
 
         Raises:
-            ValueError: the rule has other states.
+            ValueError: the rule has other states, or the number is negative.
         """
         if not isinstance(self.states, ScanStates):
             raise ValueError("the anytime readout is of scan states: take states='scan'")
-        with torch.no_grad(), evaluating(self):  # what the guess keeps from step to step stays as it is
+        if sweeps < 0:
+            raise ValueError(f"sweeps must not be negative; got {sweeps}")
+        with (
+            torch.no_grad(),
+            evaluating(network),
+            evaluating(self),
+        ):  # what the guess keeps from step to step stays as it is
             trace = Trace(network, self.stages(network), self.rule, x, None)
             states = self.states.sweep(trace, self.states.guess.cold(trace), sweeps, None)
             return network.head(states[-1])
@@ -189,7 +212,16 @@ class Objective(nn.Module):
         return self.follow(Trace(network, self.stages(network), self.rule, x, y))
 
     def follow(self, trace: Trace) -> Step:
-        """Carries the rule out on a new trace."""
+        """Carries the rule out on a new trace.
+
+        Raises:
+            ValueError: gradients are switched off.
+        """
+        if not torch.is_grad_enabled() and self.rule.credit != "exact":
+            raise ValueError(
+                "a step finds its gradients as it goes: call the objective outside of torch.no_grad(); a validation loss is "
+                "that of network(x)"
+            )
         trace.pulls_back = self.credit.pulls_back
         self.states(trace, self.credit)
         self.credit.finish(trace)
@@ -197,7 +229,10 @@ class Objective(nn.Module):
         trace.count_backward()
         if self.rule.rim:
             self._train_rim(trace)
-        return Step(trace)
+        step = Step(trace)
+        for write in trace.at_end:
+            write()
+        return step
 
     def _update(self, trace: Trace) -> None:
         """Every block moves its output to the node's target, or along the node's gradient."""

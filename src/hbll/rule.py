@@ -80,16 +80,29 @@ class Rule:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if get_origin(field.type) is Literal and getattr(self, field.name) not in get_args(field.type):
-                choices = ", ".join(get_args(field.type))
-                raise ValueError(f"{field.name} is one of {choices}; got {getattr(self, field.name)!r}")
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in get_args(field.type):
+                raise ValueError(f"{field.name} is one of {', '.join(get_args(field.type))}; got {value!r}")
+            if field.type is int and not isinstance(value, int):
+                raise ValueError(f"{field.name} is a whole number; got {value!r}")
+            if field.type is float and not isinstance(value, int | float):
+                raise ValueError(f"{field.name} is a number; got {value!r}")
+        sizes = [self.stage] if isinstance(self.stage, int) else self.stage
+        if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
+            raise ValueError(f"stage is a whole number, or one for every node; got {self.stage!r}")
+        if not callable(self.loss):
+            raise ValueError(f"loss is a function of predictions and labels; got {self.loss!r}")
+        own = self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
+        if self.credit != "exact" and any(parameter.requires_grad for parameter in own):
+            raise ValueError("the loss has parameters, which this rule does not train: let the head have them")
         for name in ("step", "variance", "label_variance", "spine_share"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        for name in ("stage", "iterations", "sweeps"):
-            value = getattr(self, name)
-            if (value if isinstance(value, int) else min(value, default=0)) < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        if min(sizes, default=0) < 1:
+            raise ValueError(f"stage must be at least 1; got {self.stage}")
+        for name in ("iterations", "sweeps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("noise", "rim", "credit_sweeps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")

@@ -42,7 +42,9 @@ class Stages:
         else:
             borders = [0, *accumulate(size)]
             if borders[-1] != len(blocks):
-                raise ValueError(f"stages of {', '.join(map(str, size))} blocks are {borders[-1]}, not {len(blocks)}")
+                raise ValueError(
+                    f"stages of {', '.join(map(str, size))} add up to {borders[-1]} blocks; the network has {len(blocks)}"
+                )
         self.numbers = [tuple(range(before + 1, after + 1)) for before, after in pairwise(borders)]
         self.tree = Tree(len(self.numbers) + 1)
         if len(self.numbers) == len(blocks):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hbll.blocks import stack
 from hbll.credit import Credit
 from hbll.guess import GUESSES
-from hbll.kept import own_copy, register_late_buffers
+from hbll.kept import Kept, concatenate, map_tensors, own_copy
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
 from hbll.scan import Coarse, correct, defect
@@ -129,33 +129,31 @@ class StreamStates(States):
     through all stages, one after the other, and the pipeline stays as it is.
     """
 
-    inputs: Tensor | None
-    labels: Tensor | None
-
     def __init__(self, rule: Rule) -> None:
         super().__init__()
-        # What stage n - 1 left for stage n = 2, 3, ..: states (n - 1, B, ...) and their labels.
-        register_late_buffers(self, "inputs", "labels")
+        self.name = "pipeline" if rule.credit == "late" else "stream"
+        self.flight = Kept()
+        """What stage n - 1 left for stage n = 2, 3, ..: ``inputs``, states (n - 1, B, ...), and their ``labels``."""
 
     def forward(self, trace: Trace, credit: Credit) -> None:
         if not self.training:
             trace.evaluate_in_order(carry_gradient=False)
             return
         waiting = 0
-        labels = own_copy(trace.y).unsqueeze(0)
-        if self.inputs is not None and self.labels is not None:
-            waiting = len(self.inputs)
-            check_batch("stream", trace.boundary[0], self.inputs[0])
-            for n, state in enumerate(self.inputs.unbind(0), 1):
+        labels = map_tensors(lambda label: label.unsqueeze(0), own_copy(trace.y))
+        if flight := self.flight.of(trace):
+            waiting = len(flight["inputs"])
+            check_batch(self.name, trace.boundary[0], flight["inputs"][0])
+            for n, state in enumerate(flight["inputs"].unbind(0), 1):
                 trace.place(n, state)
-            labels = torch.cat([labels, self.labels])
+            labels = concatenate([labels, flight["labels"]])
         active = trace.stages.nodes[: waiting + 1]
         trace.evaluate(active, [n - 1 for n in active])
         trace.labels = labels
         kept = active[: len(trace.stages.nodes) - 1]  # the last stage's output has reached the head
         if kept:
-            self.inputs = trace.outputs(active)[: len(kept)]
-            self.labels = labels[: len(kept)]
+            inputs, labels = map_tensors(lambda rows: rows[: len(kept)], (trace.outputs(active), labels))
+            self.flight.leave(trace, {"inputs": inputs, "labels": labels})
 
 
 STATES: dict[str, type[States]] = {

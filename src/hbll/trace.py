@@ -98,11 +98,13 @@ class Trace:
         gradient, target: fields of the corrections, (B, ...), per corrected node.
         terms: the losses so far, each with the nodes, or the name of the part beside them, that it belongs to.
         last: the last node of a path that was evaluated in one graph, and its state (B, ...).
-        labels: (n, B, ...), those of the first n nodes, where every node works on another mini-batch than the next.
+        labels: (n, B, ...), or a nest of such tensors: those of the first n nodes, where every node works on another
+            mini-batch than the next.
         head_state: (B, ...), the estimate of the last state that the head is to see, if it is not the last node's output.
         defect: how far the last sweep still moved the states, relative to their norm.
         pulls_back: whether credit pulls gradients back through waves; their inputs are then leaves.
         clock: the span at which the last parallel sweep over all stages ended.
+        at_end: what is to be done once the step is complete.
         observer: is shown every value that credit differentiates, with its nodes; for the locality audit.
         work, span: the cost so far.
     """
@@ -131,6 +133,7 @@ class Trace:
         self.defect: Tensor | None = None
         self.pulls_back = False
         self.clock = 0
+        self.at_end: list[Callable[[], None]] = []
         self.observer: Callable[[tuple[int, ...], Tensor], None] | None = None
         self.work = 0
         self.span = 0
@@ -290,7 +293,8 @@ def check_batch(rule: str, now: Tensor, before: Tensor) -> None:
     if now.shape != before.shape:
         raise ValueError(
             f"{rule} needs batches of one size: states are {tuple(now.shape)} now and were {tuple(before.shape)} before; "
-            "drop the last, short batch of an epoch"
+            "drop the last, short batch of an epoch (DataLoader(..., drop_last=True)), or call objective.reset() to go on "
+            "with batches of another size"
         )
 
 
