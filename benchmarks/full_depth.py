@@ -5,7 +5,8 @@
 
 One process a run, --workers at once on whatever device there is. Every finished epoch (or 200 steps of a language model) is
 a line of OUT/full_depth.jsonl; a run whose last line stands there is not made again. The rules share data, order, initial
-network, optimizer (AdamW 1e-3, cosine schedule, no augmentation unless --augment) and budget; only the rule differs.
+network, optimizer (AdamW, cosine schedule, no augmentation unless --augment), --learning-rates and budget; only the rule
+differs.
 The whole test set is used. Cosines are between a stage's update and backpropagation's on 256 training samples; of `scan`
 from states computed ahead, on the batch that is due after a line's last step.
 """
@@ -225,8 +226,8 @@ def cosines(objective: hbll.Objective, task: Images | Characters, x: Tensor, y: 
     return [r.cosine for r in objective.diagnose(task.network, *task.probe()).values() if r.cosine is not None]
 
 
-def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
-    blocks, rule, seed = job
+def run(job: tuple[int, str, int, float], options: argparse.Namespace) -> None:
+    blocks, rule, seed, rate = job
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -234,8 +235,8 @@ def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
     preset, settings = RULES[rule]
     objective = hbll.Objective(preset, **settings).to(device).prepare(task.network).to(device)
     parameters = [*task.network.parameters(), *objective.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, task.steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, task.steps, pct_start=0.05)
     batches, seconds, work, span = task.batches(), 0.0, 0, 0
     for done in range(1, task.steps + 1):
         x, y = next(batches)
@@ -251,7 +252,8 @@ def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
         seconds += time.perf_counter() - began
         work, span = work + step.work, span + step.span
         if done % task.steps_per_line == 0 or done == task.steps:
-            line = {"task": options.task, "blocks": blocks, "rule": rule, "seed": seed, "step": done, "of": task.steps}
+            line = {"task": options.task, "blocks": blocks, "rule": rule, "seed": seed, "rate": rate}
+            line |= {"step": done, "of": task.steps}
             line |= task.measure() | {"seconds": seconds, "work": work / done, "span": span / done}
             line["relative_work"], line["span_of_bp"] = line["work"] / (3 * blocks), line["span"] / (2 * blocks)
             if step.defect is not None:
@@ -263,43 +265,51 @@ def run(job: tuple[int, str, int], options: argparse.Namespace) -> None:
 
 
 def table(lines: list[dict], better: str) -> str:
-    """A row per rule, and the cosines of its stages over training."""
+    """A row per rule and learning rate, and the cosines of its stages over training."""
     rows = [
-        f"| task | blocks | rule | span / BP's | work / BP's | chain {better} | rim {better} | MiB | s |",
+        f"| blocks | rule | rate | span / BP's | work / BP's | chain {better} | rim {better} | MiB | s |",
         "|---" * 9 + "|",
     ]
     by_stage = [
-        "| task | blocks | rule | cosine of every stage after about a quarter, half and three quarters of the training |",
+        "| blocks | rule | rate | cosine of every stage after about a quarter, half and three quarters of the training |",
         "|---" * 4 + "|",
     ]
     last = [line for line in lines if line["step"] == line["of"]]
-    keys = dict.fromkeys((line["task"], line["blocks"], line["rule"]) for line in last)
-    order = list(RULES)
-    for task, blocks, rule in sorted(keys, key=lambda key: (*key[:2], order.index(key[2]))):
-        found = [line for line in last if (line["task"], line["blocks"], line["rule"]) == (task, blocks, rule)]
+    for (blocks, rule, rate), found in runs_of(last).items():
 
-        def show(what: str, found: list[dict] = found, task: str = task) -> str:
-            accuracy = issubclass(TASKS[task], Images)
+        def show(what: str, found: list[dict] = found) -> str:
+            accuracy = issubclass(TASKS[found[0]["task"]], Images)
             return ledger.mean_and_spread([100 * line[what] if accuracy else math.exp(line[what]) for line in found])
 
         rows.append(
-            f"| {task} | {blocks} | {rule} | {found[0]['span_of_bp']:.2f} | {found[0]['relative_work']:.2f} "
+            f"| {blocks} | {rule} | {rate:g} | {found[0]['span_of_bp']:.2f} | {found[0]['relative_work']:.2f} "
             f"| {show('chain')} | {show('rim')} | {found[0]['peak_mib']:.0f} "
             f"| {statistics.mean(line['seconds'] for line in found):.0f} |"
         )
         if rule != "bp" and found[0]["cosine"]:
-            key = task, blocks, rule, found[0]["seed"]
+            key = blocks, rule, rate, found[0]["seed"]
             looked = [
-                line["cosine"] for line in lines if (line["task"], line["blocks"], line["rule"], line["seed"]) == key
+                line["cosine"] for line in lines if (line["blocks"], line["rule"], line["rate"], line["seed"]) == key
             ]
             about = [looked[round(share * len(looked)) - 1] for share in (0.25, 0.5, 0.75)]
             cells = "; ".join(" ".join(f"{c:.2f}".removeprefix("0") for c in cosines) for cosines in about)
-            by_stage.append(f"| {task} | {blocks} | {rule} | {cells} |")
+            by_stage.append(f"| {blocks} | {rule} | {rate:g} | {cells} |")
     return "\n".join([*rows, "", *by_stage])
 
 
+def runs_of(lines: list[dict]) -> dict[tuple[int, str, float], list[dict]]:
+    """Lines by depth, rule and learning rate, in the order of tables."""
+    found: dict[tuple[int, str, float], list[dict]] = {}
+    for line in sorted(lines, key=lambda line: (line["blocks"], list(RULES).index(line["rule"]), line["rate"])):
+        found.setdefault((line["blocks"], line["rule"], line["rate"]), []).append(line)
+    return found
+
+
 def plot(lines: list[dict], file: Path) -> None:
-    """What every rule's chain loses against backpropagation's, by span and by work; a row of panels per depth."""
+    """What every rule's chain loses against backpropagation's, by span and by work; a row of panels per depth.
+
+    Each is shown at the learning rate that suits it best.
+    """
     last = [line for line in lines if line["step"] == line["of"]]
     depths = sorted({line["blocks"] for line in last})
     figure, axes = plt.subplots(
@@ -307,14 +317,16 @@ def plot(lines: list[dict], file: Path) -> None:
     )
     for row, blocks in zip(axes, depths, strict=True):
         found: dict[str, list[dict]] = {}
-        for line in last:
-            if line["blocks"] == blocks:
-                found.setdefault(line["rule"], []).append(line)
+        for (depth, rule, _), runs in runs_of(last).items():
+            if depth == blocks:
+                found[rule] = max(
+                    found.get(rule, runs), runs, key=lambda runs: statistics.mean(run["chain"] for run in runs)
+                )
         exact = {line["seed"]: line["chain"] for line in found["bp"]}
         for axis, what, label in zip(row, ("span_of_bp", "relative_work"), ("span", "work"), strict=True):
-            for number, (rule, runs) in enumerate(sorted(found.items(), key=lambda item: list(RULES).index(item[0]))):
-                lost = [100 * (run["chain"] - exact[run["seed"]]) for run in runs]
-                x = [run[what] for run in runs]
+            for number, (rule, runs) in enumerate(found.items()):
+                lost = [100 * (run["chain"] - exact[run["seed"]]) for run in runs if run["seed"] in exact]
+                x = [run[what] for run in runs if run["seed"] in exact]
                 axis.scatter(x, lost, s=16, color=f"C{number}", alpha=0.5, linewidths=0)
                 axis.scatter(x[:1], [statistics.mean(lost)], s=64, color=f"C{number}", label=rule)
             axis.axhline(0, color="0.8", zorder=0)
@@ -326,7 +338,7 @@ def plot(lines: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def attempt(job: tuple[int, str, int], options: argparse.Namespace) -> None:
+def attempt(job: tuple[int, str, int, float], options: argparse.Namespace) -> None:
     try:
         run(job, options)
     except Exception:  # one run that fails must not take the others with it
@@ -345,7 +357,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of a language model")
     parser.add_argument("--train-samples", type=int, default=20000)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--width", type=int)
     parser.add_argument("--augment", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
@@ -358,14 +370,15 @@ def main() -> None:
 
     log = options.out / "full_depth.jsonl"
     done = {
-        (line["blocks"], line["rule"], line["seed"])
+        (line["blocks"], line["rule"], line["seed"], line["rate"])
         for line in ledger.read(log)
         if line["step"] == line["of"] and line["task"] == options.task
     }
     jobs = [
-        (blocks, rule, seed)
-        for seed, blocks, rule in itertools.product(options.seeds, options.blocks, options.rules)
-        if (blocks, rule, seed) not in done
+        job
+        for seed, rate in itertools.product(options.seeds, options.learning_rates)
+        for job in itertools.product(options.blocks, options.rules, [seed], [rate])
+        if job not in done
     ]
     with torch.multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         pool.starmap(attempt, [(job, options) for job in jobs], chunksize=1)
