@@ -909,6 +909,21 @@ class TestWords:
         with pytest.raises(ValueError, match=r"block \d changes the state's shape from \(4, 6\) to \(4, 7\)"):
             hbll.Objective(preset, engine=engine)(net, x, y)
 
+    @pytest.mark.parametrize("engine", ["loop", "batched"])
+    @pytest.mark.parametrize("preset", ["paper", "tree", "scan", "bp"])
+    def test_a_block_or_embed_that_returns_more_than_a_state(self, preset, engine):
+        class Two(nn.Linear):
+            def forward(self, state):
+                return super().forward(state), state
+
+        net, x, y = mlp(8, block=lambda: Two(WIDTH, WIDTH))
+        with pytest.raises(ValueError, match=r"block.* returns a tuple; it must return a state, which is one tensor"):
+            hbll.Objective(preset, engine=engine)(net, x, y)
+        net, x, y = mlp(8)
+        net.embed = Two(INPUTS, WIDTH).double()
+        with pytest.raises(ValueError, match="embed returns a tuple; it must return a state, which is one tensor"):
+            hbll.Objective(preset, engine=engine)(net, x, y)
+
     def test_a_path_that_is_none(self):
         net, x, y = mlp()
         with pytest.raises(ValueError, match="4-7 is not a path"):

@@ -142,7 +142,9 @@ def record_batched(
     """
 
     def call(parameters: Sequence[Tensor], state: Tensor) -> Tensor:
-        return functional_call(block, dict(zip(names, parameters, strict=True)), (state,))
+        output = functional_call(block, dict(zip(names, parameters, strict=True)), (state,))
+        check_tensor(f"a block of type {type(block).__name__}", output)
+        return output
 
     def batched(*tensors: Tensor) -> Tensor:
         return vmap(call, randomness="different")(tensors[:-1], tensors[-1])
@@ -234,8 +236,15 @@ def stack(states: Sequence[Tensor]) -> Tensor:
 Engine: TypeAlias = LoopEngine | BatchedEngine
 
 
+def check_tensor(name: str, output: object) -> None:
+    """Raises ValueError unless embed or a block returned a state."""
+    if not isinstance(output, Tensor):
+        raise ValueError(f"{name} returns a {type(output).__name__}; it must return a state, which is one tensor")
+
+
 def check_shape(name: str, output: Tensor, state: Tensor) -> None:
     """Raises ValueError unless a block kept the shape of the state."""
+    check_tensor(name, output)
     if output.shape != state.shape:
         raise ValueError(
             f"{name} changes the state's shape from {tuple(state.shape)} to {tuple(output.shape)}; "

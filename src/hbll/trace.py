@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbll.blocks import Evaluation, check_shape, stack
+from hbll.blocks import Evaluation, check_shape, check_tensor, stack
 from hbll.families import FAMILIES, Family, Gaussian
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
@@ -118,6 +118,7 @@ class Trace:
         self.x = x
         self.y = y
         embedded = network.embed(x)
+        check_tensor("embed", embedded)
         dim = network.features(embedded)
         self.family: Family = Gaussian(rule.variance, dim) if rule.family == "gaussian" else FAMILIES[rule.family](dim)
         self.tokens = self._count_tokens(embedded)
