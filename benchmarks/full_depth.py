@@ -42,6 +42,7 @@ RULES: dict[str, tuple[str, dict]] = {
     "tree": ("tree", {"variance": 10.0}),
     "scan G1 K4 C2 mean": ("scan", {"sweeps": 4, "credit_sweeps": 2, "guess": "mean"}),
     "scan G1 K3 C3 ahead": ("scan", {"sweeps": 3, "credit_sweeps": 3, "guess": "ahead"}),
+    "scan G1 K4 C5 ahead": ("scan", {"sweeps": 4, "credit_sweeps": 5, "guess": "ahead"}),
     "scan G2 K3 C3 ahead": ("scan", {"stage": 2, "sweeps": 3, "credit_sweeps": 3, "guess": "ahead"}),
     "scan G2 K3 C5 ahead": ("scan", {"stage": 2, "sweeps": 3, "credit_sweeps": 5, "guess": "ahead"}),
     "scan G2 K5 C4 ahead": ("scan", {"stage": 2, "sweeps": 5, "credit_sweeps": 4, "guess": "ahead"}),
