@@ -306,6 +306,12 @@ def runs_of(lines: list[dict]) -> dict[tuple[int, str, float], list[dict]]:
     return found
 
 
+def best(rates: list[list[dict]]) -> list[dict]:
+    """The runs of the learning rate with the highest mean accuracy over the seeds that all rates have."""
+    seeds = set.intersection(*({run["seed"] for run in runs} for runs in rates))
+    return max(rates, key=lambda runs: statistics.mean(run["chain"] for run in runs if run["seed"] in seeds))
+
+
 def plot(lines: list[dict], file: Path) -> None:
     """What every rule's chain loses against backpropagation's, by span and by work; a row of panels per depth.
 
@@ -317,12 +323,11 @@ def plot(lines: list[dict], file: Path) -> None:
         len(depths), 2, figsize=(10, 4 * len(depths)), sharey="row", squeeze=False, layout="constrained"
     )
     for row, blocks in zip(axes, depths, strict=True):
-        found: dict[str, list[dict]] = {}
+        rates: dict[str, list[list[dict]]] = {}
         for (depth, rule, _), runs in runs_of(last).items():
             if depth == blocks:
-                found[rule] = max(
-                    found.get(rule, runs), runs, key=lambda runs: statistics.mean(run["chain"] for run in runs)
-                )
+                rates.setdefault(rule, []).append(runs)
+        found = {rule: best(several) for rule, several in rates.items()}
         exact = {line["seed"]: line["chain"] for line in found["bp"]}
         for axis, what, label in zip(row, ("span_of_bp", "relative_work"), ("span", "work"), strict=True):
             for number, (rule, runs) in enumerate(found.items()):
