@@ -275,8 +275,8 @@ def table(lines: list[dict], better: str) -> str:
         "| blocks | rule | rate | cosine of every stage after about a quarter, half and three quarters of the training |",
         "|---" * 4 + "|",
     ]
-    last = [line for line in lines if line["step"] == line["of"]]
-    for (blocks, rule, rate), found in runs_of(last).items():
+    every = runs_of(lines)
+    for (blocks, rule, rate), found in runs_of([line for line in lines if line["step"] == line["of"]]).items():
 
         def show(what: str, found: list[dict] = found) -> str:
             accuracy = issubclass(TASKS[found[0]["task"]], Images)
@@ -288,10 +288,7 @@ def table(lines: list[dict], better: str) -> str:
             f"| {statistics.mean(line['seconds'] for line in found):.0f} |"
         )
         if rule != "bp" and found[0]["cosine"]:
-            key = blocks, rule, rate, found[0]["seed"]
-            looked = [
-                line["cosine"] for line in lines if (line["blocks"], line["rule"], line["rate"], line["seed"]) == key
-            ]
+            looked = [line["cosine"] for line in every[blocks, rule, rate] if line["seed"] == found[0]["seed"]]
             about = [looked[round(share * len(looked)) - 1] for share in (0.25, 0.5, 0.75)]
             cells = "; ".join(" ".join(f"{c:.2f}".removeprefix("0") for c in cosines) for cosines in about)
             by_stage.append(f"| {blocks} | {rule} | {rate:g} | {cells} |")

@@ -132,7 +132,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_without_graph_it_looks_at_the_batch_at_hand():
+def test_a_guess_outside_of_a_step_keeps_nothing():
     net, _, _ = residual(8)
     objective = hbll.Objective("scan", sweeps=1, credit_sweeps=0)
     (x, y), *others = batches(4)

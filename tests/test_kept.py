@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.test_objective import CLASSES, INPUTS, gradients, residual
+from tests.test_ahead_guess import batches
+from tests.test_objective import gradients, residual
 from torch import nn
 
 import hbll
@@ -28,11 +29,6 @@ every_kind = pytest.mark.parametrize("kind", KEEPING)
 def make(kind, **options):
     preset, own = KEEPING[kind]
     return hbll.Objective(preset, **(own | options))
-
-
-def batches(count, seed=1):
-    torch.manual_seed(seed)
-    return [(torch.randn(4, INPUTS, dtype=torch.float64), torch.randint(CLASSES, (4,))) for _ in range(count)]
 
 
 def assert_same_steps(one, other, net, seen, twin=None):

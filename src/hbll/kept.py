@@ -63,13 +63,13 @@ class Kept(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Everything, for checkpoints."""
-        return {"nest": map_tensors(lambda tensor: tensor, self.nest), "stages": list(self._stages)}
+        return {"nest": self.nest, "stages": self._stages}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes up what ``get_extra_state`` gave."""
         # Copies: tensors in a file's memory lie unaligned, on which kernels round otherwise.
         self.nest = own_copy(state["nest"])
-        self._stages, self._network = list(state["stages"]), None
+        self._stages, self._network = state["stages"], None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Kept":
         self.nest = map_tensors(fn, self.nest)

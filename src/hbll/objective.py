@@ -189,11 +189,8 @@ class Objective(nn.Module):
             raise ValueError("the anytime readout is of scan states: take states='scan'")
         if sweeps < 0:
             raise ValueError(f"sweeps must not be negative; got {sweeps}")
-        with (
-            torch.no_grad(),
-            evaluating(network),
-            evaluating(self),
-        ):  # what the guess keeps from step to step stays as it is
+        # Running statistics, and what the guess keeps from step to step, stay as they are.
+        with torch.no_grad(), evaluating(network), evaluating(self):
             trace = Trace(network, self.stages(network), self.rule, x, None)
             states = self.states.sweep(trace, self.states.guess.cold(trace), sweeps, None)
             return network.head(states[-1])

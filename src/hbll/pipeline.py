@@ -49,8 +49,6 @@ class LateCredit(Credit):
             leaf = embedded if embedded.requires_grad else next(trained, embedded)
             nothing = attach_gradients(embedded.new_zeros(()), [leaf], [torch.zeros_like(leaf)])
             trace.terms.append(("embed", nothing))
-            self.flight.leave(trace, {"waiting": waiting, "arriving": {}})
-            return
         # Nothing that arrives in this step depends on another arrival: all stages could do this at once.
         for n, gradient in arriving.items():
             state = waiting[n].pop(0)
