@@ -31,7 +31,7 @@ def descend(net, found, rate=0.3):
 
 
 def delay(stages, sweeps, credit_sweeps):
-    """Steps that a batch needs to pass all stages but the last, K + K_c + 1 of them in each."""
+    """Steps that a batch needs to pass all stages but the last, at most K + K_c + 1 of them in each."""
     return math.ceil((stages - 1) / (sweeps + credit_sweeps + 1))
 
 
@@ -42,13 +42,14 @@ class Reference:
         self.net, self.size, self.sweeps, self.credit_sweeps = net, size, sweeps, credit_sweeps
         self.f = cut(net, size)
         self.delay = delay(len(self.f), sweeps, credit_sweeps)
+        self.turns = math.ceil((len(self.f) - 1) / self.delay) if self.delay else 0
         self.queue = []
 
     def loss(self, x, y):
         """The loss of a step."""
         self.queue.append((x, y, [self.net.embed(x).detach()]))
         for _, _, states in self.queue:
-            for stage in islice(self.f, len(states) - 1, len(states) + self.sweeps + self.credit_sweeps):
+            for stage in islice(self.f, len(states) - 1, len(states) - 1 + self.turns):
                 states.append(stage(states[-1]).detach())
         if len(self.queue) > self.delay:
             x, y, states = self.queue.pop(0)
@@ -100,17 +101,28 @@ def test_with_frozen_weights_it_is_backpropagation_on_the_batch_that_is_due(size
         assert step.defect.item() < 1e-12
 
 
-@given(blocks=st.integers(2, 40), size=st.integers(1, 4), sweeps=st.integers(1, 4), credit_sweeps=st.integers(0, 4))
-@settings(max_examples=30, deadline=None)
-def test_once_the_pipeline_is_filled_it_costs_work_but_no_span(blocks, size, sweeps, credit_sweeps):
+@given(
+    blocks=st.integers(2, 40),
+    size=st.integers(1, 4),
+    sweeps=st.integers(1, 4),
+    credit_sweeps=st.integers(0, 4),
+    tolerance=st.sampled_from([None, math.inf]),
+)
+@settings(max_examples=40, deadline=None)
+def test_once_the_pipeline_is_filled_it_costs_work_but_no_span(blocks, size, sweeps, credit_sweeps, tolerance):
     stages = math.ceil(blocks / size)
     assume(stages > 1)
     net, _, _ = residual(blocks + 1)
-    objective = hbll.Objective("scan", stage=size, sweeps=sweeps, credit_sweeps=credit_sweeps, engine="loop")
-    for x, y in batches(delay(stages, sweeps, credit_sweeps) + 1):
+    options = {"stage": size, "sweeps": sweeps, "credit_sweeps": credit_sweeps, "tolerance": tolerance}
+    objective = hbll.Objective("scan", engine="loop", **options)
+    due = delay(stages, sweeps, credit_sweeps)
+    for x, y in batches(due + 1):
         step = objective(net, x, y)
+    if tolerance:  # the sweep with graph follows the first one that is near enough
+        sweeps, credit_sweeps = min(sweeps, 2), min(credit_sweeps, 1)
     length = sweeps + credit_sweeps + 1
-    assert step.span == size * length
+    # Where sweeps end early, the step waits for the batches in flight.
+    assert step.span == size * max(length, math.ceil((stages - 1) / due))
     # Every step some batches pass as many stages as one batch passes in all its steps, the last of which may be cut short.
     ahead = size * (stages - 1)
     # All sweeps and all parameters' products, and the walk back inside stages, where blocks hand the gradient on.

@@ -82,6 +82,8 @@ def test_what_cannot_be_is_refused(options):
         ({"sweeps": 2.5}, "sweeps is a whole number; got 2.5"),
         ({"credit_sweeps": None}, "credit_sweeps is a whole number; got None"),
         ({"rim": "0.3"}, "rim is a number; got '0.3'"),
+        ({"tolerance": "0.3"}, "tolerance is a number and not negative; got '0.3'"),
+        ({"tolerance": -0.3}, "tolerance is a number and not negative; got -0.3"),
         ({"stage": 2.0}, "stage is a whole number, or one for every node; got 2.0"),
         ({"stage": "23"}, "stage is a whole number, or one for every node; got '23'"),
         ({"stage": None}, "stage is a whole number, or one for every node; got None"),

@@ -420,22 +420,32 @@ class TestSweeps:
 
     def test_tolerance_stops_early(self):
         net, x, y = mlp(12, block=lambda: Bounded(1.0, 0.3))
-        eleven = hbll.Objective("scan", guess="mean", sweeps=11, engine="loop")(net, x, y)
-        defects = [
-            hbll.Objective("scan", guess="mean", sweeps=k, engine="loop")(net, x, y).defect.item() for k in range(1, 12)
-        ]
+        options = {"guess": "mean", "credit_sweeps": 0, "engine": "loop"}
+        eleven = hbll.Objective("scan", sweeps=11, **options)(net, x, y)
+        defects = [hbll.Objective("scan", sweeps=k, **options)(net, x, y).defect.item() for k in range(1, 12)]
         assert defects == sorted(defects, reverse=True)
         for tolerance in (0.1, 1e-3, 1e-6):
             # As soon as a sweep without graph moves the states by less, the one with graph is the last.
             needed = 2 + next((i for i, d in enumerate(defects) if d <= tolerance), 9)
-            step = hbll.Objective("scan", guess="mean", sweeps=11, tolerance=tolerance, engine="loop")(net, x, y)
+            step = hbll.Objective("scan", sweeps=11, tolerance=tolerance, **options)(net, x, y)
             assert step.work == eleven.work - 11 * (11 - min(needed, 11))
             assert step.span == eleven.span - (11 - min(needed, 11))
-            fixed = hbll.Objective("scan", guess="mean", sweeps=min(needed, 11), engine="loop")(net, x, y)
-            assert step.defect == fixed.defect
-        assert (
-            hbll.Objective("scan", guess="mean", sweeps=11, tolerance=0.0, engine="loop")(net, x, y).span == eleven.span
+            assert step.defect == hbll.Objective("scan", sweeps=min(needed, 11), **options)(net, x, y).defect
+        assert hbll.Objective("scan", sweeps=11, tolerance=0.0, **options)(net, x, y).span == eleven.span
+
+    @pytest.mark.parametrize("tolerance", [0.3, 0.1, 1e-3, 1e-6])
+    def test_tolerance_stops_credit_early(self, tolerance):
+        net, x, y = mlp(12, block=lambda: Bounded(1.0, 0.3))
+        exact = [state.detach() for state in chain_states(net, x)[1:]]
+        b = [torch.stack(reference_scan(net, x, y, 1, sweeps, guess=exact)[3]) for sweeps in range(12)]
+        needed = next(k for k in range(1, 12) if (b[k] - b[k - 1]).norm() <= tolerance * b[k].norm())
+        # In evaluation mode the states are exact from the start, and no tolerance touches them.
+        ended, fixed = (
+            hbll.Objective("scan", sweeps=2, engine="loop", **options).eval()(net, x, y)
+            for options in ({"credit_sweeps": 11, "tolerance": tolerance}, {"credit_sweeps": needed})
         )
+        assert (ended.work, ended.span) == (fixed.work, fixed.span)
+        assert_equal_gradients(gradients(net, ended.loss), gradients(net, fixed.loss))
 
     def test_defect_of_exact_states_is_zero(self):
         net, x, y = residual(5)

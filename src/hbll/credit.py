@@ -16,7 +16,7 @@ from hbll.inversion import gauss_newton, taylor
 from hbll.kept import concatenate, map_tensors
 from hbll.network import TreeNetwork
 from hbll.rule import Rule
-from hbll.scan import Coarse, correct_transposed
+from hbll.scan import Coarse, correct_transposed, defect
 from hbll.stages import Stages, fresh_copy
 from hbll.trace import Correction, Trace, attach_gradients, per_sample, wide
 from hbll.tree import Tree
@@ -212,8 +212,7 @@ class ScanCredit(Credit):
         state = outputs[-1] if trace.head_state is None else trace.head_state
         errors, at_head = train_head(trace, nodes[-1], state, trace.y)
         total = errors.mean.sum()
-        credit = at_head.expand(len(nodes), *at_head.shape)
-        at_input = at_head
+        credit = at_head.expand(len(nodes) + 1, *at_head.shape)  # b_0 .. b_S
         depth = trace.depth("output", nodes)
         if trace.observer:
             for n in nodes:
@@ -222,9 +221,12 @@ class ScanCredit(Credit):
                     if self.rule.credit_sweeps and wave.nodes[0] > n:
                         trace.observer((n,), wave.evaluation.outputs)
         for _ in range(self.rule.credit_sweeps):
-            pulled, depth = trace.pull_back(credit, depth)
-            starts = correct_transposed(credit, pulled, self.coarse)
-            at_input, credit = starts[0], torch.cat([starts[1:], at_head.unsqueeze(0)])
+            pulled, depth = trace.pull_back(credit[1:], depth)
+            last = credit
+            credit = torch.cat([correct_transposed(last[1:], pulled, self.coarse), at_head.unsqueeze(0)])
+            if self.rule.tolerance is not None and defect(credit, last) <= self.rule.tolerance:
+                break
+        at_input, credit = credit[0], credit[1:]
         embedded = trace.boundary[0]
         if embedded.requires_grad:
             trace.terms.append(("embed", attach_gradients(total.new_zeros(()), [embedded], [at_input])))

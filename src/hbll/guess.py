@@ -142,30 +142,30 @@ class StarGuess(TreeGuess):
 class AheadGuess(Guess):
     """The batch's own states, computed in the steps before, while those steps' sweeps were made.
 
-    A step waits for K + K_c + 1 evaluations of a stage, one after the other; in this time every batch in flight passes as
-    many stages. One whose states are complete takes the place of the batch at hand, which enters: the rule learns from a
-    batch D = ceil((S - 1) / (K + K_c + 1)) steps after it came in. Its states are those of weights at most D steps old;
-    the sweeps bring them up to date. In evaluation mode, and in the first D steps, the batch at hand passes all stages in
-    order.
+    A step waits for K + K_c + 1 evaluations of a stage, one after the other; in this time a batch can pass as many stages.
+    So it needs D = ceil((S - 1) / (K + K_c + 1)) steps for all of them, and every batch in flight passes ceil((S - 1) / D)
+    stages a step. One whose states are complete takes the place of the batch at hand, which enters: the rule learns from a
+    batch D steps after it came in. Its states are those of weights at most D steps old; the sweeps bring them up to date.
+    In evaluation mode, and in the first D steps, the batch at hand passes all stages in order.
 
     Args:
-        rule: how many evaluations a step waits for.
+        rule: how many evaluations a step waits for, if no tolerance ends its sweeps before.
     """
 
     def __init__(self, rule: Rule) -> None:
         super().__init__()
-        self.stages_per_step = rule.sweeps + rule.credit_sweeps + 1
+        self.evaluations = rule.sweeps + rule.credit_sweeps + 1
         self.flight = Kept()
         """Input, labels and the states so far, from the embedded input on, of every batch in flight, oldest first."""
 
     def forward(self, trace: Trace) -> Tensor:
         last = trace.stages.nodes[-1]
-        delay = math.ceil((last - 1) / self.stages_per_step)
+        delay = math.ceil((last - 1) / self.evaluations)
         if not self.training or not delay:
             return self._in_order(trace)
         # A rule that took up another's flight, of fewer sweeps, may find more batches there than it waits for.
         flight = [*(self.flight.of(trace) or [])[-delay:], own_copy((trace.x, trace.y, [trace.boundary[0]]))]
-        self._advance(trace, flight)
+        self._advance(trace, flight, math.ceil((last - 1) / delay))
         x, y, states = flight[0]
         if len(flight) <= delay or len(states) < last:
             self.flight.leave(trace, flight)
@@ -174,13 +174,14 @@ class AheadGuess(Guess):
         trace.exchange(x, y)
         return torch.stack(states[1:])
 
-    def _advance(self, trace: Trace, flight: Sequence[tuple[Any, Any, list[Tensor]]]) -> None:
-        """Lets every batch in flight pass some stages on."""
+    @staticmethod
+    def _advance(trace: Trace, flight: Sequence[tuple[Any, Any, list[Tensor]]], turns: int) -> None:
+        """Lets every batch in flight pass that many stages on."""
         last = trace.stages.nodes[-1]
         for _, _, states in flight:
             if len(states) < last:
                 check_batch("guess='ahead'", trace.boundary[0], states[0])
-        for turn in range(1, self.stages_per_step + 1):
+        for turn in range(1, turns + 1):
             moving = {len(states): states for _, _, states in flight if len(states) < last}
             if moving:
                 nodes = tuple(sorted(moving))

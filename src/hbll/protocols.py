@@ -53,6 +53,11 @@ class TrainingStep(Protocol):
         ...
 
     @property
+    def defect(self) -> Tensor | None:
+        """How far the last sweep still moved the states, relative to their norm; None of rules without sweeps."""
+        ...
+
+    @property
     def nodes(self) -> dict[int, NodeReport]:
         """A report for every node of the rule's layout that learns."""
         ...

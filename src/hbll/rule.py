@@ -54,9 +54,9 @@ class Rule:
     sweeps: int = 3
     """Sweeps of scan states, the last one, with graph, included; at most so many if there is a tolerance."""
     credit_sweeps: int = 3
-    """Sweeps of scan credit."""
+    """Sweeps of scan credit; at most so many if there is a tolerance."""
     tolerance: float | None = None
-    """Sweeps of states end as soon as one moves them by less than this, relative to their norm."""
+    """Sweeps, of states and of credit, end as soon as one moves them by less than this, relative to their norm."""
     guess: Literal["ahead", "mean", "tree", "star"] = "ahead"
     """Where the sweeps of states start: the batch's own states, computed ahead with the weights of the steps before; a
     running mean over steps; or predictors with parameters of their own, a tree of them or each on the embedded input."""
@@ -106,6 +106,8 @@ class Rule:
         for name in ("noise", "rim", "credit_sweeps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
+        if self.tolerance is not None and not (isinstance(self.tolerance, int | float) and self.tolerance >= 0):
+            raise ValueError(f"tolerance is a number and not negative; got {self.tolerance!r}")
         if self.spine_share > 1:
             raise ValueError(f"spine_share is at most 1; got {self.spine_share}")
         if self.noise and self.family != "gaussian":

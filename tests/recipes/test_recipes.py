@@ -89,6 +89,7 @@ def test_a_batch_must_be_had():
         ({"stage": 0}, "--stage must be at least 1, not 0"),
         ({"sweeps": 0}, "--sweeps must be at least 1, not 0"),
         ({"credit_sweeps": -1}, "--credit-sweeps must be at least 0, not -1"),
+        ({"tolerance": -0.1}, "--tolerance must be at least 0 and finite, not -0.1"),
         ({"rim": -0.1}, "--rim must be at least 0 and finite, not -0.1"),
         ({"rim": float("nan")}, "--rim must be at least 0 and finite, not nan"),
     ],

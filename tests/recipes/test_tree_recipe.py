@@ -17,7 +17,7 @@ DIGITS = RECIPES["digits"](blocks=7, width=8, epochs=1, train_samples=128)
 
 @pytest.mark.parametrize("recipe", RECIPES.values())
 def test_every_recipe_with_a_tree_of_blocks_has_the_options(recipe):
-    options = {"stage": 2, "sweeps": 5, "credit_sweeps": 0, "rim": 0.5}
+    options = {"stage": 2, "sweeps": 5, "credit_sweeps": 0, "tolerance": 0.1, "rim": 0.5}
     if isinstance(recipe().network(), TreeNetwork):
         rule = recipe(**options).objective("scan").rule
         assert {option: getattr(rule, option) for option in options} == options

@@ -10,8 +10,8 @@ RESULT = {
     "accuracy": 0.5123,
     "spread": 0.0123,
     "seconds": 12.34,
-    "work": 1234,
-    "span": 567,
+    "work": 1234.0,
+    "span": 567.25,
     "memory": 2**20,
     "local": "no: crosses 3 blocks",
     "paths": [],
@@ -26,7 +26,9 @@ def test_a_table_keeps_all_its_figures_in_every_terminal(capsys, monkeypatch, tm
     assert " ".join(head.split()) == (
         "method bits per character spread cross entropy accuracy seconds work span peak memory local"
     )
-    assert " ".join(row.split()) == "bptt-fused 2.346 ± 0.012 1.626 51.23 % 12.3 1234 567 1.00 MiB no: crosses 3 blocks"
+    assert (
+        " ".join(row.split()) == "bptt-fused 2.346 ± 0.012 1.626 51.23 % 12.3 1234 567.2 1.00 MiB no: crosses 3 blocks"
+    )
     assert page == f"page: {tmp_path}"
 
 

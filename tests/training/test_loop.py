@@ -223,9 +223,30 @@ def test_every_epoch_is_measured(tmp_path):
     for line in lines:
         assert [path["path"] for path in line.paths] == ["1-2-3", "2", "2-3"]
         assert (line.work, line.span) == (9, 6)  # backpropagation on three blocks: 3 (N - 1) and 2 (N - 1)
+        assert line.defect is None
         assert line.seconds > 0
         assert line.learning_rate == 1e-3
     assert lines[-1].loss < lines[0].loss
+
+
+def test_cost_and_defect_are_means_over_the_epoch(tmp_path, monkeypatch):
+    taken = []
+    follow = Objective.follow
+
+    def recorded(objective, trace):
+        step = follow(objective, trace)
+        if objective.training and step.defect is not None:  # not of the diagnosis
+            taken.append((step.work, step.span, step.defect.item()))
+        return step
+
+    monkeypatch.setattr(Objective, "follow", recorded)
+    recipe = replace(SMALL, blocks=9, stage=2, sweeps=5, credit_sweeps=5, tolerance=0.02, learning_rate=3e-2)
+    run = run_in(tmp_path, recipe, method="scan")
+    train(run)
+    assert len({work for work, _, _ in taken}) > 1
+    for epoch, line in enumerate(metrics.read(run.metrics_file)):
+        means = [sum(values) / 4 for values in zip(*taken[4 * epoch : 4 * epoch + 4], strict=True)]
+        assert [line.work, line.span, line.defect] == pytest.approx(means)
 
 
 def test_the_mean_loss_of_the_first_step_is_that_of_a_guess(tmp_path):

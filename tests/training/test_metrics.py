@@ -13,7 +13,8 @@ LINE = Metrics(
     paths=[{"path": "1-2-3", "blocks": 3, "accuracy": 2 / 3}, {"path": "2", "blocks": 1, "accuracy": None}],
     seconds=1.5,
     work=9,
-    span=6,
+    span=6.5,
+    defect=0.01,
     nodes={"1": {"error": 1e-30, "cosine": None}},
 )
 

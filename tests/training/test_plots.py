@@ -5,7 +5,7 @@ from hbll.training import plots
 from hbll.training.metrics import Metrics
 
 
-def history(share, correction, epochs=3):
+def history(share, correction, epochs=3, defect=None):
     return [
         Metrics(
             epoch=epoch,
@@ -18,6 +18,7 @@ def history(share, correction, epochs=3):
             seconds=1.0,
             work=9,
             span=6,
+            defect=defect,
             nodes={str(node): {"correction": correction} for node in (1, 2, 3)},
         )
         for epoch in range(1, epochs + 1)
@@ -41,8 +42,16 @@ def test_methods_without_corrections_have_no_map():
     assert "bp" not in text
 
 
+def test_methods_without_sweeps_have_no_defect():
+    assert plots.defects({"bp": [history(0.9, None)]}) is None
+    text = plots.defects({"bp": [history(0.9, None)], "scan": [history(0.9, 0.5, defect=d) for d in (0.01, 0.02)]})
+    assert "scan" in text
+    assert "bp" not in text
+
+
 def test_a_run_of_one_epoch_is_drawn():
-    histories = {"paper": [history(0.9, 0.5, epochs=1)]}
+    histories = {"paper": [history(0.9, 0.5, epochs=1, defect=0.02)]}
+    assert "<svg" in plots.defects(histories)
     assert "<svg" in plots.learning_curves(histories, ACCURACY)
     assert "<svg" in plots.by_path(histories, ACCURACY)
     assert "<svg" in plots.corrections(histories)

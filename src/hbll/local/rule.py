@@ -38,6 +38,8 @@ class LocalStep:
     """The longest chain of evaluations in which each needs the one before."""
     credit: Mapping[int, Tensor] = field(default_factory=dict)
     """What a block's credit was differentiated from, with graph, where that is not the block's own loss."""
+    defect: None = None
+    """There are no sweeps."""
 
     @property
     def loss(self) -> Tensor:

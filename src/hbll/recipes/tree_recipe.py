@@ -25,6 +25,10 @@ class TreeRecipe(CutRecipe):
     credit_sweeps: int | None = None
     """Of the method scan: products that carry the head's gradient back, from all stages at once (its own number: 3)."""
 
+    tolerance: float | None = None
+    """Of the method scan: end its sweeps as soon as one changes states or credit by less than this share of their norm; the
+    numbers of sweeps are then the most (the method's own: none)."""
+
     rim: float | None = None
     """Weight of the mean loss of the rim's paths, which keeps short paths accurate (the method's own: 0)."""
 
@@ -33,12 +37,12 @@ class TreeRecipe(CutRecipe):
         for option, value in self.chosen().items():
             least = 1 if option in ("stage", "sweeps") else 0
             if not least <= value < math.inf:
-                finite = " and finite" if option == "rim" else ""
+                finite = " and finite" if option in ("tolerance", "rim") else ""
                 raise ValueError(f"{flag(option)} must be at least {least}{finite}, not {value}")
 
     def chosen(self) -> dict[str, float]:
         """The rule's options that were given."""
-        given = {option: getattr(self, option) for option in ("stage", "sweeps", "credit_sweeps", "rim")}
+        given = {option: getattr(self, option) for option in ("stage", "sweeps", "credit_sweeps", "tolerance", "rim")}
         return {option: value for option, value in given.items() if value is not None}
 
     def objective(self, method: str) -> TrainingRule:

@@ -23,7 +23,8 @@ FILE = "comparison.json"
 MethodResult: TypeAlias = dict[str, Any]
 """What a `method` came to, means over its `seeds`: every measure of the recipe under the measure's own name, of the chain
 after the last epoch, and the `spread` of the first one, its standard deviation over the seeds (None for one seed);
-`seconds`, the wall-clock time of a run's training steps; `work` and `span` of a step, in block evaluations; `memory`, the
+`seconds`, the wall-clock time of a run's training steps; `work` and `span` of a step in the last epoch, in block
+evaluations; `memory`, the
 peak bytes of a step beyond the weights, the optimizer and the batch; `local`, what the audit says of a step; and `paths`,
 the results of all paths."""
 
@@ -140,8 +141,8 @@ def _result(comparison: Comparison, method: str) -> MethodResult:
         "spread": stdev(firsts) if len(firsts) > 1 and None not in firsts else None,
         "seeds": len(ends),
         "seconds": mean(sum(line.seconds for line in history) for history in histories),
-        "work": ends[0].work,
-        "span": ends[0].span,
+        "work": mean(end.work for end in ends),
+        "span": mean(end.span for end in ends),
         **_first_step(comparison, method),
         "paths": paths,
     }

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -77,6 +77,25 @@ def train(
             on_epoch(line)
 
 
+@dataclass
+class Sums:
+    """Over the steps of an epoch so far; a step itself would hold on to its graph."""
+
+    loss: Tensor
+    defect: Tensor | None = None
+    work: int = 0
+    span: int = 0
+    seconds: float = 0.0
+
+    def add(self, step: TrainingStep) -> None:
+        """Adds a step, but for its seconds."""
+        self.loss += step.loss.detach()
+        if step.defect is not None:
+            self.defect = step.defect if self.defect is None else self.defect + step.defect
+        self.work += step.work
+        self.span += step.span
+
+
 class Training:
     """A run under way: all that changes from step to step, and how it does."""
 
@@ -100,8 +119,7 @@ class Training:
 
     def _start_epoch(self) -> None:
         self.position = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device())
-        self.seconds = 0.0
+        self.sums = Sums(torch.zeros((), dtype=torch.float64, device=device()))
 
     def steps(self) -> Iterator[int]:
         """Takes what is left of the epoch's steps; before each, yields the number of steps done since the run began.
@@ -115,10 +133,11 @@ class Training:
             began = time.perf_counter()
             step = self._loss(order)
             self._descend(step.loss)
-            self.work, self.span = step.work, step.span  # the step itself holds on to its graph
+            self.sums.add(step)
+            self.position += 1
             if self.position % CHECK_EVERY == 0 or self.position == self.steps_per_epoch:
                 self._check()
-            self.seconds += time.perf_counter() - began
+            self.sums.seconds += time.perf_counter() - began
 
     def end_epoch(self, test: Samples) -> Metrics:
         """Measures and diagnoses the network, and makes ready for the next epoch."""
@@ -126,14 +145,16 @@ class Training:
         readouts = self.objective.readouts(self.network)
         paths = measured(self.network, test, readouts, self.run.recipe.measures)
         self.epoch += 1
+        sums, steps = self.sums, self.steps_per_epoch
         result = Metrics(
             epoch=self.epoch,
-            loss=self.loss_sum.item() / self.steps_per_epoch,
+            loss=sums.loss.item() / steps,
             learning_rate=self.learning_rate,
             paths=paths,
-            seconds=self.seconds,
-            work=self.work,
-            span=self.span,
+            seconds=sums.seconds,
+            work=sums.work / steps,
+            span=sums.span / steps,
+            defect=None if sums.defect is None else sums.defect.item() / steps,
             nodes={str(node): asdict(report) for node, report in reports.items()},
         )
         self._start_epoch()
@@ -155,8 +176,7 @@ class Training:
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "epoch": self.epoch,
             "position": self.position,
-            "loss_sum": self.loss_sum,
-            "seconds": self.seconds,
+            "sums": vars(self.sums),
         }
         checkpoint.save(self.run.checkpoint_file, state)
 
@@ -172,8 +192,7 @@ class Training:
             torch.cuda.set_rng_state_all([random.cpu() for random in state["random_cuda"]])
         self.epoch = state["epoch"]
         self.position = state["position"]
-        self.loss_sum = state["loss_sum"]
-        self.seconds = state["seconds"]
+        self.sums = Sums(**state["sums"])
 
     def _order(self) -> Tensor:
         """The order of the epoch's samples: a function of seed and epoch, so that it need not be saved."""
@@ -203,12 +222,10 @@ class Training:
         self.optimizer.step()
         self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
-        self.loss_sum += loss.detach()
-        self.position += 1
 
     def _check(self) -> None:
         """DivergedError unless every loss of the epoch and every weight is finite."""
-        if self.loss_sum.isfinite() and all_finite(self.network.parameters()):
+        if self.sums.loss.isfinite() and all_finite(self.network.parameters()):
             return
         raise DivergedError(
             f"the loss or a weight became NaN or infinite {self._divergence()}; the last good checkpoint is "
@@ -230,6 +247,7 @@ class Training:
             if not step.loss.isfinite():
                 return f"{when}, first at {again._place(order, step)}"
             again._descend(step.loss)
+            again.position += 1
             if place := place_in_weights(parts):
                 return f"{when}, first in the weights of {place}"
         return f"by step {self.position} of epoch {self.epoch + 1}"

@@ -29,9 +29,13 @@ class Metrics:
     seconds: float
     """Wall-clock time of the epoch's training steps, without evaluation and diagnosis."""
 
-    work: int
-    span: int
-    """Of the epoch's last step, in block evaluations (the specification's units)."""
+    work: float
+    span: float
+    """Of a step, means over the epoch, in block evaluations (the units of `hbll.trace`)."""
+
+    defect: float | None
+    """Mean over the epoch of how far the last sweep still moved the states, relative to their norm; None of rules without
+    sweeps."""
 
     nodes: dict[str, dict[str, float | None]]
     """Each node's report on one batch at the end of the epoch (see `hbll.NodeReport`); None where undefined, and

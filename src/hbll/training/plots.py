@@ -82,6 +82,31 @@ def by_path(histories: Histories, measure: Measure) -> str:
         return _svg(figure)
 
 
+def defects(histories: Histories) -> str | None:
+    """How far the last sweep still moved the states, over the epochs; None when no method sweeps."""
+    found = {
+        method: np.array([[line.defect for line in run] for run in runs])
+        for method, runs in histories.items()
+        if runs[0][0].defect is not None
+    }
+    if not found:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure((7.2, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for look, (method, values) in zip(cycle(_LOOKS), found.items(), strict=False):
+            epochs = np.arange(1, values.shape[1] + 1)
+            axes.plot(epochs, 100 * values.mean(0), **look, label=method)
+            axes.fill_between(
+                epochs, 100 * values.min(0), 100 * values.max(0), color=look["color"], alpha=0.15, linewidth=0
+            )
+        axes.set(xlabel="epoch", ylabel="defect, % of the states' norm")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside upper left", ncols=6)
+        return _svg(figure)
+
+
 def corrections(histories: Histories) -> str | None:
     """Mean correction of each node over the epochs, a map for each method that corrects; None when none does."""
     maps = {method: _corrections(runs) for method, runs in histories.items()}

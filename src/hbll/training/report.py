@@ -118,6 +118,12 @@ def _figures(histories: plots.Histories, measure: Measure) -> list[str]:
             plots.by_path(histories, measure),
         ),
     ]
+    if curves := plots.defects(histories):
+        text = (
+            "How far the last sweep of a step still moved the states. With a few percent gradients are right; with more, let "
+            "it take more sweeps."
+        )
+        sections.append(_section("Rest of the sweeps", text, curves))
     if heat_maps := plots.corrections(histories):
         text = "How far each node's target lies from what its block computed, on the same training samples every epoch."
         sections.append(_section("Corrections", text, heat_maps))

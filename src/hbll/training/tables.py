@@ -22,8 +22,8 @@ def result_row(result: MethodResult, measures: Sequence[Measure]) -> list[str]:
         "" if result["spread"] is None else f"± {measures[0].number(result['spread'])}",
         *others,
         f"{result['seconds']:.1f}",
-        str(result["work"]),
-        str(result["span"]),
+        f"{result['work']:.1f}".removesuffix(".0"),
+        f"{result['span']:.1f}".removesuffix(".0"),
         f"{result['memory'] / 2**20:.2f} MiB",
         result["local"],
     ]
