@@ -12,7 +12,6 @@ from states computed ahead, on the batch that is due after a line's last step.
 """
 
 import argparse
-import copy
 import itertools
 import math
 import statistics
@@ -219,14 +218,6 @@ class Subwords(Characters):
 TASKS = {"images": Images, "plain": Plain, "characters": Characters, "subwords": Subwords}
 
 
-def cosines(objective: hbll.Objective, task: Images | Characters, x: Tensor, y: Tensor) -> list[float]:
-    """Between the stages' updates and backpropagation's, one per stage; none of the pipeline, late by several batches."""
-    if objective.rule.states == "scan" and objective.rule.guess == "ahead":
-        # Of the batch that is due, with the states of older weights: what training has. In evaluation they would be exact.
-        return list(objective.cosines(task.network, copy.deepcopy(objective)(task.network, x, y)).values())
-    return [r.cosine for r in objective.diagnose(task.network, *task.probe()).values() if r.cosine is not None]
-
-
 def run(job: tuple[int, str, int, float], options: argparse.Namespace) -> None:
     blocks, rule, seed, rate = job
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -259,7 +250,8 @@ def run(job: tuple[int, str, int, float], options: argparse.Namespace) -> None:
             line["relative_work"], line["span_of_bp"] = line["work"] / (3 * blocks), line["span"] / (2 * blocks)
             if step.defect is not None:
                 line["defect"] = step.defect.item()
-            line["cosine"] = [round(cosine, 3) for cosine in cosines(objective, task, x, y)]
+            reports = objective.diagnose(task.network, *task.probe()).values()
+            line["cosine"] = [round(report.cosine, 3) for report in reports if report.cosine is not None]
             if done == task.steps:
                 line["peak_mib"] = step_memory(task.network, objective, Samples(x, y)) / 2**20
             ledger.append(options.out / "full_depth.jsonl", line)

@@ -206,6 +206,25 @@ def test_looking_moves_nothing_and_sees_the_batch_at_hand(look):
     assert all(a is b for a, b in zip(flight, objective.states.guess.flight.nest, strict=True))
 
 
+def test_a_diagnosis_is_of_the_batch_that_is_due_as_training_has_it():
+    # Few sweeps and fast learning: the states of older weights are not the chain's.
+    net, _, _ = residual(8)
+    objective = hbll.Objective("scan", sweeps=1, credit_sweeps=3)  # two batches in flight
+    (x, y), (another, _), *others = batches(8)
+    for earlier in others:
+        descend(net, gradients(net, objective(net, *earlier).loss), rate=1.0)
+    found = objective.diagnose(net, x[:2], y[:2])
+    assert {n: report.cosine for n, report in found.items()} == pytest.approx(
+        objective.cosines(net, copy.deepcopy(objective)(net, another, y))
+    )
+    assert min(report.cosine for report in found.values()) < 0.99
+    # Before any batch is due, of the batch at hand, whose states are exact.
+    early = hbll.Objective("scan", sweeps=1, credit_sweeps=3)
+    early(net, *others[0])
+    found = {n: report.cosine for n, report in early.diagnose(net, x, y).items()}
+    assert found == pytest.approx(early.cosines(net, early.eval()(net, x, y)))
+
+
 @every_engine
 def test_batches_that_pass_stages_together_must_be_of_one_size(engine):
     net, x, y = residual(8)

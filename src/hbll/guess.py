@@ -146,7 +146,8 @@ class AheadGuess(Guess):
     So it needs D = ceil((S - 1) / (K + K_c + 1)) steps for all of them, and every batch in flight passes ceil((S - 1) / D)
     stages a step. One whose states are complete takes the place of the batch at hand, which enters: the rule learns from a
     batch D steps after it came in. Its states are those of weights at most D steps old; the sweeps bring them up to date.
-    In evaluation mode, and in the first D steps, the batch at hand passes all stages in order.
+    In evaluation mode, and in the first D steps, the batch at hand passes all stages in order; a diagnosis is of the batch
+    that is due.
 
     Args:
         rule: how many evaluations a step waits for, if no tolerance ends its sweeps before.
@@ -161,16 +162,20 @@ class AheadGuess(Guess):
     def forward(self, trace: Trace) -> Tensor:
         last = trace.stages.nodes[-1]
         delay = math.ceil((last - 1) / self.evaluations)
-        if not self.training or not delay:
+        if not delay or not (self.training or trace.diagnosis):
             return self._in_order(trace)
         # A rule that took up another's flight, of fewer sweeps, may find more batches there than it waits for.
         flight = [*(self.flight.of(trace) or [])[-delay:], own_copy((trace.x, trace.y, [trace.boundary[0]]))]
+        full = len(flight) > delay
+        if trace.diagnosis:
+            flight = flight[:1]  # the others, which may be of another size, stay where they are
         self._advance(trace, flight, math.ceil((last - 1) / delay))
         x, y, states = flight[0]
-        if len(flight) <= delay or len(states) < last:
-            self.flight.leave(trace, flight)
+        due = full and len(states) == last
+        if self.training:
+            self.flight.leave(trace, flight[1:] if due else flight)
+        if not due:
             return self._in_order(trace)
-        self.flight.leave(trace, flight[1:])
         trace.exchange(x, y)
         return torch.stack(states[1:])
 

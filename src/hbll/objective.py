@@ -269,7 +269,9 @@ class Objective(nn.Module):
     def diagnose(self, network: TreeNetwork, x: Any, y: Any) -> dict[int, NodeReport]:
         """The reports of one batch with ``rose`` and ``cosine``; costs about two steps and leaves no gradient behind.
 
-        States that training takes from earlier steps are computed anew here, in order: the cosine is that of the credit.
+        Of ``scan`` from states computed ahead it is the batch that is due, with the states that a training step would have;
+        the batch at hand, whose states are then exact, as long as none is due. States of ``stream`` are computed anew, in
+        order: the cosine is that of the credit.
 
         Empty for the asynchronous pipeline, which has no gradients of the batch at hand.
         """
@@ -279,8 +281,10 @@ class Objective(nn.Module):
             return self._diagnosis(network, x, y)
 
     def _diagnosis(self, network: TreeNetwork, x: Any, y: Any) -> dict[int, NodeReport]:
-        step = self(network, x, y)
-        family, trace = step.trace.family, step.trace
+        trace = Trace(network, self.stages(network), self.rule, x, y)
+        trace.diagnosis = True
+        step = self.follow(trace)
+        family = trace.family
         rose = {}
         with torch.no_grad():
             for c in trace.corrections:

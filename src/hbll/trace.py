@@ -105,6 +105,7 @@ class Trace:
         pulls_back: whether credit pulls gradients back through waves; their inputs are then leaves.
         clock: the span at which the last parallel sweep over all stages ended.
         at_end: what is to be done once the step is complete.
+        diagnosis: whether the step is only looked at; its states are to be those of training as far as that can be.
         observer: is shown every value that credit differentiates, with its nodes; for the locality audit.
         work, span: the cost so far.
     """
@@ -135,6 +136,7 @@ class Trace:
         self.pulls_back = False
         self.clock = 0
         self.at_end: list[Callable[[], None]] = []
+        self.diagnosis = False
         self.observer: Callable[[tuple[int, ...], Tensor], None] | None = None
         self.work = 0
         self.span = 0

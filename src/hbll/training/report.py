@@ -120,8 +120,8 @@ def _figures(histories: plots.Histories, measure: Measure) -> list[str]:
     ]
     if curves := plots.defects(histories):
         text = (
-            "How far the last sweep of a step still moved the states. With a few percent gradients are right; with more, let "
-            "it take more sweeps."
+            "How far the last sweep of a step still moved the states. With a few percent gradients are right; with more, "
+            "let it take more sweeps."
         )
         sections.append(_section("Rest of the sweeps", text, curves))
     if heat_maps := plots.corrections(histories):
