@@ -99,6 +99,20 @@ class TestTree:
             with pytest.raises(ValueError, match=r"objective.prepare\(network\)"):
                 objective.predict(net, x, 1)
 
+    @pytest.mark.parametrize("nodes", [6, 10])
+    def test_it_is_of_one_network(self, nodes):
+        objective = hbll.Objective("scan", guess="tree").prepare(residual()[0])
+        other, x, y = residual(nodes)
+        with pytest.raises(ValueError, match=f"for these {nodes - 1} stages: .*an objective for each network"):
+            objective(other, x, y)
+
+    def test_a_step_that_fails_leaves_nothing(self):
+        net, x, y = residual()
+        objective = hbll.Objective("scan", guess="tree").prepare(net)
+        with pytest.raises(ValueError, match="label"):
+            objective(net, x, y + 100)
+        copy.deepcopy(objective)(net, x, y)
+
     @pytest.mark.parametrize("given", [3, 8])
     def test_a_jump_per_stage(self, given):
         net, _, _ = residual()

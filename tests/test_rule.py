@@ -95,6 +95,22 @@ def test_values_of_another_type_are_said_to_be(options, said):
         Rule(**options)
 
 
+@pytest.mark.parametrize(
+    ("preset", "option", "value", "said"),
+    [
+        ("stream", "sweeps", 5, "sweeps is for states='scan', and does nothing with states='stream'"),
+        ("paper", "credit_sweeps", 0, "credit_sweeps is for credit='scan', and does nothing with credit='arcs'"),
+        ("scan", "jumps", [nn.Linear(1, 1)], "jumps is for guess='tree' or guess='star', .* with guess='ahead'"),
+        ("tree", "tolerance", 0.1, "tolerance is for states='scan' or credit='scan', .* states='tree', credit='arcs'"),
+        ("scan", "heads", "own", "heads is for credit='spine', and does nothing with credit='scan'"),
+        ("stream", "noise", 0.1, "noise is for credit='arcs' or scope='block', .* credit='spine', scope='triplet'"),
+    ],
+)
+def test_an_option_that_does_nothing_is_refused(preset, option, value, said):
+    with pytest.raises(ValueError, match=said):
+        make_rule(preset, {option: value})
+
+
 def test_a_loss_is_trained_by_backpropagation_alone():
     loss = nn.Linear(1, 1)
     with pytest.raises(

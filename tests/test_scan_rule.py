@@ -210,9 +210,7 @@ class TestExactness:
     @pytest.mark.parametrize("kind", KINDS)
     def test_credit_scan_on_chain_states(self, kind, size, stages, coarse):
         net, x, y = KINDS[kind][0](8)  # with skip or without
-        objective = hbll.Objective(
-            "scan", guess="mean", states="chain", stage=size, credit_sweeps=stages, coarse=coarse
-        )
+        objective = hbll.Objective("scan", states="chain", stage=size, credit_sweeps=stages, coarse=coarse)
         step = objective(net, x, y)
         assert_equal_gradients(gradients(net, step.loss), gradients(net, label_loss(net, net(x), y)))
 

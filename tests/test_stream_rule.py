@@ -397,6 +397,13 @@ class TestShare:
                 assert (found[f"blocks.{n - 1}.linear.weight"].abs().max() > 0) == (n in step.nodes)
             assert (found["embed.weight"].abs().max() > 0) == (1 in step.nodes)
 
+    def test_a_diagnosis_is_of_all_stages_and_draws_nothing(self):
+        net, x, y = mlp(9)
+        objective = hbll.Objective("stream", spine_share=0.3)
+        before = torch.get_rng_state()
+        assert list(objective.diagnose(net, x, y)) == list(range(1, 9))
+        assert torch.equal(torch.get_rng_state(), before)
+
     def test_every_stage_still_streams(self):
         net, x, y = mlp(5)
         sparse, full = hbll.Objective("stream", spine_share=0.25), hbll.Objective("stream")
@@ -412,8 +419,17 @@ class TestOwnHeads:
     def test_heads_must_be_prepared(self):
         net, x, y = mlp(8)
         objective = hbll.Objective("stream", heads="own", spine="none")
-        with pytest.raises(ValueError, match=r"no heads yet: call objective.prepare\(network\)"):
+        with pytest.raises(
+            ValueError, match=r"0 heads for 6 stages before the last: call objective.prepare\(network\)"
+        ):
             objective(net, x, y)
+
+    @pytest.mark.parametrize("nodes", [7, 9])
+    def test_heads_are_of_one_network(self, nodes):
+        objective = hbll.Objective("stream", heads="own", spine="none").prepare(mlp(8)[0])
+        other, x, y = mlp(nodes)
+        with pytest.raises(ValueError, match=f"6 heads for {nodes - 2} stages .*an objective for each network"):
+            objective(other, x, y)
 
     @pytest.mark.parametrize("size", [1, 2])
     @pytest.mark.parametrize(

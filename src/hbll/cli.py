@@ -105,6 +105,7 @@ def train(arguments: Sequence[str]) -> None:
     from hbll.training.run import Run, open_run
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
+    options.recipe.check_read([options.method])
     name = f"{recipe.name}-{options.method}-s{options.seed}-{_now()}"
     run = Run(
         recipe=options.recipe,

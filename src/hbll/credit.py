@@ -254,7 +254,7 @@ class SpineCredit(Credit):
     def finish(self, trace: Trace) -> None:
         nodes = tuple(sorted(n for wave in trace.waves for n in wave.nodes))
         chosen = nodes
-        if self.rule.spine_share < 1:
+        if self.training and self.rule.spine_share < 1:
             count = max(1, round(self.rule.spine_share * len(nodes)))
             chosen = tuple(nodes[i] for i in sorted(torch.randperm(len(nodes))[:count].tolist()))
         weight = len(nodes) / len(chosen)
@@ -268,9 +268,10 @@ class SpineCredit(Credit):
     def _head(self, trace: Trace, node: int) -> nn.Module:
         if self.rule.heads == "shared" or node == trace.stages.nodes[-1]:
             return trace.network.head
-        if not self.heads:
+        if len(self.heads) != len(trace.stages.nodes) - 1:
             raise ValueError(
-                "the stages have no heads yet: call objective.prepare(network) before the optimizer is made"
+                f"{len(self.heads)} heads for {len(trace.stages.nodes) - 1} stages before the last: call "
+                "objective.prepare(network) before the optimizer is made, and take an objective for each network"
             )
         return self.heads[node - 1]
 

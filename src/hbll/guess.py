@@ -95,19 +95,19 @@ class TreeGuess(Guess):
         return [{n: tree.left(n) for n in level} for level in tree.levels]
 
     def forward(self, trace: Trace) -> Tensor:
-        if self.engine is None:
+        if self.engine is None or len(self.jumps) != len(trace.stages.nodes):
             raise ValueError(
-                "the predictors have no jumps yet: call objective.prepare(network) before the optimizer is made"
+                f"the predictors are not made for these {len(trace.stages.nodes)} stages: call objective.prepare(network) "
+                "before the optimizer is made, and take an objective for each network"
             )
         found = {0: trace.boundary[0].detach()}
-        self._calls = []
         levels = self.levels(trace.tree)
         for level, parents in enumerate(levels, 1):
             for group in self.engine.groups(list(parents)):
                 with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
                     evaluation = self.engine(group, stack([found[parents[n]] for n in group]))
                 trace.count(len(group), level)
-                self._calls.append((group, evaluation))
+                trace.jumped.append((group, evaluation))
                 found.update(zip(group, evaluation.outputs.detach().unbind(0), strict=True))
         trace.clock = len(levels)
         return torch.stack([found[n] for n in trace.stages.nodes])
@@ -117,7 +117,7 @@ class TreeGuess(Guess):
             return
         errors = [
             F.mse_loss(wide(evaluation.outputs), wide(_rows(states, group)), reduction="sum")
-            for group, evaluation in self._calls
+            for group, evaluation in trace.jumped
         ]
         parameters = [p for p in self.jumps.parameters() if p.requires_grad]
         if not parameters:
@@ -128,7 +128,6 @@ class TreeGuess(Guess):
         scale = (self.largest_gradient / norm.clamp_min(1e-12)).clamp(max=1.0)
         trace.terms.append(("jumps", attach_gradients(error, parameters, [g * scale for g in gradients])))
         trace.count(len(trace.stages.nodes), 0)  # products for parameters, long before the last sweep ends
-        self._calls = []
 
 
 class StarGuess(TreeGuess):

@@ -1,6 +1,6 @@
 """A training rule by its options: which states, which credit, which local update, and their parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -9,7 +9,7 @@ from torch import nn
 from hbll.losses import Loss, cross_entropy
 from hbll.names import check_known
 
-__all__ = ["PRESETS", "Rule"]
+__all__ = ["PRESETS", "Rule", "make_rule", "reads"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Rule:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("noise", "rim", "credit_sweeps"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if self.tolerance is not None and not (isinstance(self.tolerance, int | float) and self.tolerance >= 0):
             raise ValueError(f"tolerance is a number and not negative; got {self.tolerance!r}")
@@ -124,8 +124,37 @@ class Rule:
             raise ValueError("late credit belongs to a pipeline: take states='stream'")
         if self.scope == "tree" and (self.states in ("scan", "stream") or self.credit == "scan"):
             raise ValueError("scan and stream states carry no gradient across stages: take scope='triplet'")
+        for field in fields(self):
+            if getattr(self, field.name) != field.default and not reads(vars(self), field.name):
+                readers = _READERS[field.name]
+                asked = dict.fromkeys(reader.partition("=")[0] for reader in readers)
+                here = ", ".join(f"{option}={getattr(self, option)!r}" for option in asked)
+                raise ValueError(f"{field.name} is for {' or '.join(readers)}, and does nothing with {here}")
         if self.path is not None and not (self.states == "chain" and self.credit == "exact"):
             raise ValueError("a path other than the whole chain can be trained by states='chain', credit='exact' only")
+
+
+_READERS: dict[str, tuple[str, ...]] = {
+    "inversion": ("credit='arcs'", "scope='block'"),
+    "noise": ("credit='arcs'", "scope='block'"),
+    "sweeps": ("states='scan'",),
+    "credit_sweeps": ("credit='scan'",),
+    "tolerance": ("states='scan'", "credit='scan'"),
+    "guess": ("states='scan'",),
+    "jumps": ("guess='tree'", "guess='star'"),
+    "coarse": ("states='scan'", "credit='scan'"),
+    "spine": ("credit='spine'",),
+    "spine_share": ("credit='spine'",),
+    "heads": ("credit='spine'",),
+}
+"""Options that not every rule reads, each with the choices that do."""
+
+
+def reads(options: Mapping[str, Any], name: str) -> bool:
+    """Whether a rule with these options depends on another one of that name."""
+    return name not in _READERS or any(
+        f"{option}={value!r}" in _READERS[name] for option, value in options.items() if isinstance(value, str)
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -101,6 +101,7 @@ class Trace:
         labels: (n, B, ...), or a nest of such tensors: those of the first n nodes, where every node works on another
             mini-batch than the next.
         head_state: (B, ...), the estimate of the last state that the head is to see, if it is not the last node's output.
+        jumped: what predictors of states have computed, with graph, by the stages it is of.
         defect: how far the last sweep still moved the states, relative to their norm.
         pulls_back: whether credit pulls gradients back through waves; their inputs are then leaves.
         clock: the span at which the last parallel sweep over all stages ended.
@@ -132,6 +133,7 @@ class Trace:
         self.last: tuple[int, Tensor] | None = None
         self.labels: Any = None
         self.head_state: Tensor | None = None
+        self.jumped: list[tuple[tuple[int, ...], Evaluation]] = []
         self.defect: Tensor | None = None
         self.pulls_back = False
         self.clock = 0

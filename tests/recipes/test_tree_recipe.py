@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hbll import Objective, TreeNetwork
-from hbll.recipes import RECIPES
+from hbll.recipes import RECIPES, flag
 from hbll.rule import PRESETS
 from hbll.training import metrics
 from hbll.training.loop import train
@@ -31,8 +31,30 @@ def test_what_is_not_chosen_is_the_presets_own(method):
     assert DIGITS.objective(method).rule == Objective(method).rule
     assert replace(DIGITS, stage=3).objective(method).rule == Objective(method, stage=3).rule
     assert replace(DIGITS, rim=0.1).objective(method).rule == Objective(method, rim=0.1).rule
-    swept = replace(DIGITS, sweeps=1, credit_sweeps=2)
-    assert swept.objective(method).rule == Objective(method, sweeps=1, credit_sweeps=2).rule
+    swept = replace(DIGITS, sweeps=1, credit_sweeps=2, tolerance=0.1)
+    expected = {"sweeps": 1, "credit_sweeps": 2, "tolerance": 0.1} if method == "scan" else {}
+    assert swept.objective(method).rule == Objective(method, **expected).rule
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reading", "others"),
+    [
+        ("sweeps", 2, ["scan"], ["stream", "paper", "bp", "dgl"]),
+        ("credit_sweeps", 2, ["scan"], ["stream", "pipeline"]),
+        ("tolerance", 0.1, ["scan"], ["tree"]),
+        ("stage", 2, list(PRESETS), ["bll", "ff"]),
+        ("rim", 0.1, list(PRESETS), ["predsim"]),
+        ("cuts", 2, ["dgl", "dfa"], list(PRESETS)),
+    ],
+)
+def test_an_option_that_no_method_reads_is_refused(option, value, reading, others):
+    recipe = replace(DIGITS, **{option: value})
+    for method in reading:
+        recipe.check_read([method])
+        recipe.check_read([method, *others])
+    for method in others:
+        with pytest.raises(ValueError, match=f"^{flag(option)} does nothing for {method}: leave it out$"):
+            recipe.check_read([method])
 
 
 def test_a_single_stage_of_all_blocks_is_backpropagation():

@@ -1,7 +1,8 @@
 """What every recipe is: its options, its data, its network, its training rule."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -102,6 +103,17 @@ class Recipe(ABC):
     def augment(self, inputs: Tensor, draw: np.random.Generator) -> Tensor:
         """The inputs of a training batch as the network is to see them in this step, varied by `draw`; here as they are."""
         return inputs
+
+    def reads(self, method: str, option: str) -> bool:
+        """Whether a training rule depends on an option, which may be there for other rules."""
+        return True
+
+    def check_read(self, methods: Sequence[str]) -> None:
+        """ValueError for an option that was given and that none of these methods reads."""
+        for field in fields(self):
+            given = getattr(self, field.name) != field.default
+            if given and not any(self.reads(method, field.name) for method in methods):
+                raise ValueError(f"{flag(field.name)} does nothing for {', '.join(methods)}: leave it out")
 
     @abstractmethod
     def objective(self, method: str) -> TrainingRule:

@@ -24,9 +24,11 @@ class CutRecipe(Recipe):
         if self.cuts is not None and self.cuts < 1:
             raise ValueError(f"--cuts must be at least 1, not {self.cuts}")
 
+    def reads(self, method: str, option: str) -> bool:
+        return option != "cuts" or method != "bp"  # which has nothing to cut
+
     def objective(self, method: str) -> TrainingRule:
-        end_to_end = method == "bp"  # which has nothing to cut
-        cuts = {} if self.cuts is None or end_to_end else {"blocks": self.cuts}
+        cuts = {"blocks": self.cuts} if self.cuts is not None and self.reads(method, "cuts") else {}
         return make_rule(method, **cuts, **self.suited.get(method, {}))
 
 

@@ -9,7 +9,10 @@ from hbll.objective import Objective
 from hbll.protocols import TrainingRule
 from hbll.recipes.base import flag
 from hbll.recipes.cut_recipe import CutRecipe
-from hbll.rule import PRESETS
+from hbll.rule import PRESETS, reads
+
+OPTIONS = ("stage", "sweeps", "credit_sweeps", "tolerance", "rim")
+"""Of the rules in ``PRESETS``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,16 @@ class TreeRecipe(CutRecipe):
 
     def chosen(self) -> dict[str, float]:
         """The rule's options that were given."""
-        given = {option: getattr(self, option) for option in ("stage", "sweeps", "credit_sweeps", "tolerance", "rim")}
+        given = {option: getattr(self, option) for option in OPTIONS}
         return {option: value for option, value in given.items() if value is not None}
+
+    def reads(self, method: str, option: str) -> bool:
+        if method not in PRESETS:
+            return option not in OPTIONS and super().reads(method, option)
+        return option != "cuts" and reads(PRESETS[method], option)
 
     def objective(self, method: str) -> TrainingRule:
         check_known(method, dict.fromkeys([*PRESETS, *METHODS]), "rule")
-        return Objective(method, **self.chosen()) if method in PRESETS else super().objective(method)
+        if method not in PRESETS:
+            return super().objective(method)
+        return Objective(method, **{name: value for name, value in self.chosen().items() if self.reads(method, name)})

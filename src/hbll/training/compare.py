@@ -46,6 +46,7 @@ class Comparison:
             raise ValueError("--methods needs at least one method, and each only once")
         for method in self.methods:
             self.recipe.objective(method)
+        self.recipe.check_read(self.methods)
 
     @property
     def file(self) -> Path:
