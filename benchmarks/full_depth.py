@@ -45,6 +45,8 @@ RULES: dict[str, tuple[str, dict]] = {
     "scan G2 K3 C3 ahead": ("scan", {"stage": 2, "sweeps": 3, "credit_sweeps": 3, "guess": "ahead"}),
     "scan G2 K3 C5 ahead": ("scan", {"stage": 2, "sweeps": 3, "credit_sweeps": 5, "guess": "ahead"}),
     "scan G2 K5 C4 ahead": ("scan", {"stage": 2, "sweeps": 5, "credit_sweeps": 4, "guess": "ahead"}),
+    "scan G1 K7 C7 T.05 ahead": ("scan", {"sweeps": 7, "credit_sweeps": 7, "tolerance": 0.05}),
+    "scan G1 K7 C7 T.02 ahead": ("scan", {"sweeps": 7, "credit_sweeps": 7, "tolerance": 0.02}),
     "scan G1 K3 C3 mean": ("scan", {"sweeps": 3, "credit_sweeps": 3, "guess": "mean"}),
     "scan G1 K6 C4 mean": ("scan", {"sweeps": 6, "credit_sweeps": 4, "guess": "mean"}),
     "scan G1 K8 C6 mean": ("scan", {"sweeps": 8, "credit_sweeps": 6, "guess": "mean"}),
@@ -68,6 +70,9 @@ RULES: dict[str, tuple[str, dict]] = {
     "stream G5": ("stream", {"stage": 5}),
     "stream G6": ("stream", {"stage": 6}),
     "stream G8": ("stream", {"stage": 8}),
+    "stream G3-4": ("stream", {"stage": (3, 4)}),
+    "stream G4-5-6": ("stream", {"stage": (4, 5, 6)}),
+    "stream G7-8": ("stream", {"stage": (7, 8)}),
     "stream G2-2-3 last": ("stream", {"stage": (2, 2, 3), "spine": "last"}),
     "stream G1-2-2-2 right": ("stream", {"stage": (1, 2, 2, 2), "spine": "right"}),
     "stream G2-3-2 right": ("stream", {"stage": (2, 3, 2), "spine": "right"}),
@@ -190,18 +195,18 @@ class Characters:
 
 
 class Subwords(Characters):
-    """WikiText-2 in byte pairs, of which the training file decides; the validation file for testing."""
+    """WikiText-2 in byte pairs, of which the training file decides; the test file for testing."""
 
     vocabulary = 2048
 
     def __init__(self, options: argparse.Namespace, blocks: int, device: torch.device) -> None:
         super().__init__(options, blocks, device)
-        self.text, self.test = (self.tokens[part].to(device) for part in ("train", "valid"))
+        self.text, self.test = (self.tokens[part].to(device) for part in ("train", "test"))
 
     def read(self, data_dir: Path) -> Tensor:
         lines = {
             part: (data_dir / "wikitext-2" / f"wiki.{part}.tokens").read_text().splitlines(keepends=True)
-            for part in ("train", "valid")
+            for part in ("train", "test")
         }
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
