@@ -37,6 +37,7 @@ from hbll.training.memory import step_memory
 
 RULES: dict[str, tuple[str, dict]] = {
     "bp": ("bp", {}),
+    "bp rim": ("bp", {"rim": 0.3}),
     "paper": ("paper", {"variance": 10.0}),
     "tree": ("tree", {"variance": 10.0}),
     "scan G1 K4 C2 mean": ("scan", {"sweeps": 4, "credit_sweeps": 2, "guess": "mean"}),
@@ -79,6 +80,7 @@ RULES: dict[str, tuple[str, dict]] = {
     "stream G3 rim": ("stream", {"stage": 3, "rim": 0.3}),
     "stream G3 no spine": ("stream", {"stage": 3, "spine": "none"}),
     "greedy G3": ("stream", {"stage": 3, "spine": "none", "heads": "own"}),
+    "greedy G3-4": ("stream", {"stage": (3, 4), "spine": "none", "heads": "own"}),
     "greedy G5": ("stream", {"stage": 5, "spine": "none", "heads": "own"}),
     "greedy G1": ("stream", {"spine": "none", "heads": "own"}),
     "chain spine G3": ("stream", {"states": "chain", "stage": 3}),

@@ -87,6 +87,7 @@ def test_a_batch_must_be_had():
         ({"learning_rate": float("nan")}, "--learning-rate must be above 0 and finite"),
         ({"weight_decay": -0.1}, "--weight-decay must be at least 0 and finite"),
         ({"stage": 0}, "--stage must be at least 1, not 0"),
+        ({"stage": (3, 0)}, "--stage must be at least 1, not 0"),
         ({"sweeps": 0}, "--sweeps must be at least 1, not 0"),
         ({"credit_sweeps": -1}, "--credit-sweeps must be at least 0, not -1"),
         ({"tolerance": -0.1}, "--tolerance must be at least 0 and finite, not -0.1"),

@@ -16,12 +16,19 @@ class Cifar10Conv(Cifar10Images, TreeRecipe):
     """ConvNeXt-like blocks on patches of 4 x 4 pixels of CIFAR-10, whose images are shifted and mirrored at random."""
 
     name: ClassVar[str] = "cifar10-conv"
+    methods: ClassVar[tuple[str, ...]] = ("scan", "stream", "paper", "bp")
 
     width: int = 32
     """Features of every pixel of a state, which has 8 x 8."""
 
     epochs: int = 20
     """Passes over the training samples."""
+
+    learning_rate: float = 8e-3
+    """AdamW's, at its highest."""
+
+    gradient_clip: float | None = 1.0
+    """Norm that the gradients of the network, and those of the rule's own weights, are each cut down to."""
 
     def network(self) -> TreeNetwork:
         return TreeNetwork(

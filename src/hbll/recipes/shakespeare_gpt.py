@@ -18,6 +18,7 @@ class ShakespeareGpt(TreeRecipe):
     """Causal transformer blocks on tiny Shakespeare, character by character."""
 
     name: ClassVar[str] = "shakespeare-gpt"
+    methods: ClassVar[tuple[str, ...]] = ("stream", "scan", "paper", "bp")
     measures: ClassVar[tuple[Measure, ...]] = CHARACTER_MEASURES
 
     width: int = 64
@@ -29,8 +30,14 @@ class ShakespeareGpt(TreeRecipe):
     epochs: int = 20
     """Passes over the training samples."""
 
+    learning_rate: float = 4e-3
+    """AdamW's, at its highest."""
+
     schedule: Schedule = "cosine"
     """How the learning rate goes on over the steps: as it is, down to 0 in a straight line, or along a cosine."""
+
+    gradient_clip: float | None = 1.0
+    """Norm that the gradients of the network, and those of the rule's own weights, are each cut down to."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

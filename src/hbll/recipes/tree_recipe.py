@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from hbll.methods import METHODS
 from hbll.names import check_known
@@ -19,8 +20,9 @@ OPTIONS = ("stage", "sweeps", "credit_sweeps", "tolerance", "rim")
 class TreeRecipe(CutRecipe):
     """Options of the training rule that a user may choose in place of the method's own."""
 
-    stage: int | None = None
-    """Consecutive blocks that form one node, evaluated one after the other (the method's own number: 1)."""
+    stage: int | tuple[int, ...] | None = None
+    """Consecutive blocks that form one node, evaluated one after the other, or a number for each: 3 4 (the method's own
+    number: 1)."""
 
     sweeps: int | None = None
     """Of the method scan: evaluations of all stages that correct its guess of the states (its own number: 3)."""
@@ -37,13 +39,16 @@ class TreeRecipe(CutRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.stage, list):  # as JSON has it
+            object.__setattr__(self, "stage", tuple(self.stage))
         for option, value in self.chosen().items():
             least = 1 if option in ("stage", "sweeps") else 0
-            if not least <= value < math.inf:
-                finite = " and finite" if option in ("tolerance", "rim") else ""
-                raise ValueError(f"{flag(option)} must be at least {least}{finite}, not {value}")
+            for number in value if isinstance(value, tuple) else [value]:
+                if not least <= number < math.inf:
+                    finite = " and finite" if option in ("tolerance", "rim") else ""
+                    raise ValueError(f"{flag(option)} must be at least {least}{finite}, not {number}")
 
-    def chosen(self) -> dict[str, float]:
+    def chosen(self) -> dict[str, Any]:
         """The rule's options that were given."""
         given = {option: getattr(self, option) for option in OPTIONS}
         return {option: value for option, value in given.items() if value is not None}
