@@ -87,6 +87,7 @@ def test_what_cannot_be_is_refused(options):
         ({"stage": 2.0}, "stage is a whole number, or one for every node; got 2.0"),
         ({"stage": "23"}, "stage is a whole number, or one for every node; got '23'"),
         ({"stage": None}, "stage is a whole number, or one for every node; got None"),
+        ({"jumps": [3]}, r"jumps are modules, one per stage; got \[3\]"),
         ({"loss": "ce"}, "loss is a function of predictions and labels; got 'ce'"),
     ],
 )

@@ -1,9 +1,9 @@
 """The asynchronous pipeline, the rival of ``stream`` at equal throughput: exact gradients, but late.
 
 Stages work on successive mini-batches as in ``stream``, but the gradient of a mini-batch travels back one stage a step, so
-that stage n of S learns from it 2 (S - n) steps after it passed (PipeDream, Harlap et al., arXiv 1806.03377). The stage's
-input is kept and evaluated again with the weights of the day, which no stash of old weights is needed for (as with
-activation recomputation in PipeMare, Yang et al., arXiv 1910.05124).
+that stage n of S learns from it 2 (S - n) steps after it passed (PipeDream, Harlap et al., arXiv 1806.03377). Every
+stage's input, the last one's too, is kept and evaluated again with the weights of the day, which no stash of old weights
+is needed for (as with activation recomputation in PipeMare, Yang et al., arXiv 1910.05124).
 """
 
 import torch

@@ -90,6 +90,8 @@ class Rule:
         sizes = [self.stage] if isinstance(self.stage, int) else self.stage
         if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
             raise ValueError(f"stage is a whole number, or one for every node; got {self.stage!r}")
+        if not all(isinstance(jump, nn.Module) for jump in self.jumps):
+            raise ValueError(f"jumps are modules, one per stage; got {self.jumps!r}")
         if not callable(self.loss):
             raise ValueError(f"loss is a function of predictions and labels; got {self.loss!r}")
         own = self.loss.parameters() if isinstance(self.loss, nn.Module) else ()

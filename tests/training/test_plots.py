@@ -5,7 +5,7 @@ from hbll.training import plots
 from hbll.training.metrics import Metrics
 
 
-def history(share, correction, epochs=3, defect=None):
+def history(share, correction, epochs=3, defect=None, cosine=None):
     return [
         Metrics(
             epoch=epoch,
@@ -19,7 +19,7 @@ def history(share, correction, epochs=3, defect=None):
             work=9,
             span=6,
             defect=defect,
-            nodes={str(node): {"correction": correction} for node in (1, 2, 3)},
+            nodes={str(node): {"correction": correction, "cosine": cosine} for node in (1, 2, 3)},
         )
         for epoch in range(1, epochs + 1)
     ]
@@ -40,6 +40,13 @@ def test_methods_without_corrections_have_no_map():
     text = plots.corrections({"bp": [history(0.9, None)], "paper": [history(0.9, 0.5), history(0.8, 0.1)]})
     assert "paper" in text
     assert "bp" not in text
+
+
+def test_methods_without_cosines_have_no_map():
+    assert plots.cosines({"pipeline": [history(0.9, None)]}) is None
+    text = plots.cosines({"pipeline": [history(0.9, None)], "tree": [history(0.9, 0.5, cosine=c) for c in (-0.5, 0.7)]})
+    assert "tree" in text
+    assert "pipeline" not in text
 
 
 def test_methods_without_sweeps_have_no_defect():

@@ -9,7 +9,7 @@ from itertools import cycle
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -100,7 +100,7 @@ def defects(histories: Histories) -> str | None:
             axes.fill_between(
                 epochs, 100 * values.min(0), 100 * values.max(0), color=look["color"], alpha=0.15, linewidth=0
             )
-        axes.set(xlabel="epoch", ylabel="defect, % of the states' norm")
+        axes.set(xlabel="epoch", ylabel="defect, %")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper left", ncols=6)
@@ -109,12 +109,25 @@ def defects(histories: Histories) -> str | None:
 
 def corrections(histories: Histories) -> str | None:
     """Mean correction of each node over the epochs, a map for each method that corrects; None when none does."""
-    maps = {method: _corrections(runs) for method, runs in histories.items()}
+    maps = {method: _by_node(runs, "correction") for method, runs in histories.items()}
     maps = {method: values for method, values in maps.items() if (values > 0).any()}
     if not maps:
         return None
     positive = [values[values > 0] for values in maps.values()]
     norm = LogNorm(min(values.min() for values in positive), max(values.max() for values in positive))
+    return _maps(maps, norm, "size of the correction")
+
+
+def cosines(histories: Histories) -> str | None:
+    """Cosine of each node's gradient with backpropagation's over the epochs, likewise; None when no method has nodes."""
+    maps = {method: _by_node(runs, "cosine") for method, runs in histories.items()}
+    maps = {method: values for method, values in maps.items() if len(values) > 1 and not np.isnan(values).all()}
+    if not maps:
+        return None
+    return _maps(maps, Normalize(min(0, *(np.nanmin(values) for values in maps.values())), 1), "cosine")
+
+
+def _maps(maps: Mapping[str, np.ndarray], norm: Normalize, label: str) -> str:
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure = Figure((7.2, 1.0 + 2.4 * len(maps)), layout="constrained")
         rows = figure.subplots(len(maps), squeeze=False, sharex=True)[:, 0]
@@ -127,13 +140,13 @@ def corrections(histories: Histories) -> str | None:
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         rows[-1].set_xlabel("epoch")
-        figure.colorbar(image, ax=list(rows), label="size of the correction")
+        figure.colorbar(image, ax=list(rows), label=label)
         return _svg(figure)
 
 
-def _corrections(runs: Iterable[Sequence[Metrics]]) -> np.ndarray:
-    """(nodes, epochs), mean over the runs, NaN where a rule corrects nothing."""
-    values = [[[node["correction"] for node in line.nodes.values()] for line in run] for run in runs]
+def _by_node(runs: Iterable[Sequence[Metrics]], field: str) -> np.ndarray:
+    """(nodes, epochs), mean over the runs, NaN where a rule has no such figure."""
+    values = [[[node[field] for node in line.nodes.values()] for line in run] for run in runs]
     return np.array(values, dtype=float).mean(0).T
 
 

@@ -120,10 +120,16 @@ def _figures(histories: plots.Histories, measure: Measure) -> list[str]:
     ]
     if curves := plots.defects(histories):
         text = (
-            "How far the last sweep of a step still moved the states. With a few percent gradients are right; with more, "
-            "let it take more sweeps."
+            "How far the last sweep of a step still moved the states, relative to their norm. With a few percent gradients "
+            "are right; with more, let it take more sweeps."
         )
-        sections.append(_section("Rest of the sweeps", text, curves))
+        sections.append(_section("Defect", text, curves))
+    if heat_maps := plots.cosines(histories):
+        text = (
+            "Between each node's gradient and backpropagation's, on the same training samples every epoch (scan: on those "
+            "that are due next). 1: the node learns what backpropagation would teach it."
+        )
+        sections.append(_section("Cosines", text, heat_maps))
     if heat_maps := plots.corrections(histories):
         text = "How far each node's target lies from what its block computed, on the same training samples every epoch."
         sections.append(_section("Corrections", text, heat_maps))
