@@ -46,7 +46,7 @@ RULES: dict[str, tuple[str, dict]] = {
     "scan G2 K3 C3 ahead": ("scan", {"stage": 2, "sweeps": 3, "credit_sweeps": 3, "guess": "ahead"}),
     "scan G2 K3 C5 ahead": ("scan", {"stage": 2, "sweeps": 3, "credit_sweeps": 5, "guess": "ahead"}),
     "scan G2 K5 C4 ahead": ("scan", {"stage": 2, "sweeps": 5, "credit_sweeps": 4, "guess": "ahead"}),
-    "scan G1 K7 C7 T.05 ahead": ("scan", {"sweeps": 7, "credit_sweeps": 7, "tolerance": 0.05}),
+    "scan G1 K7 C7 T.1 ahead": ("scan", {"sweeps": 7, "credit_sweeps": 7, "tolerance": 0.1}),
     "scan G1 K7 C7 T.02 ahead": ("scan", {"sweeps": 7, "credit_sweeps": 7, "tolerance": 0.02}),
     "scan G1 K3 C3 mean": ("scan", {"sweeps": 3, "credit_sweeps": 3, "guess": "mean"}),
     "scan G1 K6 C4 mean": ("scan", {"sweeps": 6, "credit_sweeps": 4, "guess": "mean"}),

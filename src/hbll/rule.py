@@ -1,6 +1,6 @@
 """A training rule by its options: which states, which credit, which local update, and their parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -9,7 +9,7 @@ from torch import nn
 from hbll.losses import Loss, cross_entropy
 from hbll.names import check_known
 
-__all__ = ["PRESETS", "Rule", "make_rule", "reads"]
+__all__ = ["PRESETS", "Rule", "make_rule"]
 
 
 @dataclass(frozen=True)
@@ -127,36 +127,33 @@ class Rule:
         if self.scope == "tree" and (self.states in ("scan", "stream") or self.credit == "scan"):
             raise ValueError("scan and stream states carry no gradient across stages: take scope='triplet'")
         for field in fields(self):
-            if getattr(self, field.name) != field.default and not reads(vars(self), field.name):
+            if getattr(self, field.name) != field.default and not self.reads(field.name):
                 readers = _READERS[field.name]
-                asked = dict.fromkeys(reader.partition("=")[0] for reader in readers)
-                here = ", ".join(f"{option}={getattr(self, option)!r}" for option in asked)
-                raise ValueError(f"{field.name} is for {' or '.join(readers)}, and does nothing with {here}")
+                wanted = " or ".join(f"{option}={value!r}" for option, value in readers)
+                here = ", ".join(f"{option}={getattr(self, option)!r}" for option in dict(readers))
+                raise ValueError(f"{field.name} is for {wanted}, and does nothing with {here}")
         if self.path is not None and not (self.states == "chain" and self.credit == "exact"):
             raise ValueError("a path other than the whole chain can be trained by states='chain', credit='exact' only")
 
+    def reads(self, name: str) -> bool:
+        """Whether anything depends on the option of that name."""
+        return name not in _READERS or any(getattr(self, option) == value for option, value in _READERS[name])
 
-_READERS: dict[str, tuple[str, ...]] = {
-    "inversion": ("credit='arcs'", "scope='block'"),
-    "noise": ("credit='arcs'", "scope='block'"),
-    "sweeps": ("states='scan'",),
-    "credit_sweeps": ("credit='scan'",),
-    "tolerance": ("states='scan'", "credit='scan'"),
-    "guess": ("states='scan'",),
-    "jumps": ("guess='tree'", "guess='star'"),
-    "coarse": ("states='scan'", "credit='scan'"),
-    "spine": ("credit='spine'",),
-    "spine_share": ("credit='spine'",),
-    "heads": ("credit='spine'",),
+
+_READERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "inversion": (("credit", "arcs"), ("scope", "block")),
+    "noise": (("credit", "arcs"), ("scope", "block")),
+    "sweeps": (("states", "scan"),),
+    "credit_sweeps": (("credit", "scan"),),
+    "tolerance": (("states", "scan"), ("credit", "scan")),
+    "guess": (("states", "scan"),),
+    "jumps": (("guess", "tree"), ("guess", "star")),
+    "coarse": (("states", "scan"), ("credit", "scan")),
+    "spine": (("credit", "spine"),),
+    "spine_share": (("credit", "spine"),),
+    "heads": (("credit", "spine"),),
 }
 """Options that not every rule reads, each with the choices that do."""
-
-
-def reads(options: Mapping[str, Any], name: str) -> bool:
-    """Whether a rule with these options depends on another one of that name."""
-    return name not in _READERS or any(
-        f"{option}={value!r}" in _READERS[name] for option, value in options.items() if isinstance(value, str)
-    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from hbll.objective import Objective
 from hbll.protocols import TrainingRule
 from hbll.recipes.base import flag
 from hbll.recipes.cut_recipe import CutRecipe
-from hbll.rule import PRESETS, reads
+from hbll.rule import PRESETS, make_rule
 
 OPTIONS = ("stage", "sweeps", "credit_sweeps", "tolerance", "rim")
 """Of the rules in ``PRESETS``."""
@@ -56,7 +56,7 @@ class TreeRecipe(CutRecipe):
     def reads(self, method: str, option: str) -> bool:
         if method not in PRESETS:
             return option not in OPTIONS and super().reads(method, option)
-        return option != "cuts" and reads(PRESETS[method], option)
+        return option != "cuts" and make_rule(method, {}).reads(option)
 
     def objective(self, method: str) -> TrainingRule:
         check_known(method, dict.fromkeys([*PRESETS, *METHODS]), "rule")
