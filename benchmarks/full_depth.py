@@ -162,7 +162,7 @@ class Characters:
         width = options.width or 64
         self.network = hbll.TreeNetwork(
             GPTEmbed(vocabulary, self.context, width),
-            [GPTBlock(width, heads=max(2, width // 64)) for _ in range(blocks)],
+            [GPTBlock(width, heads=max(2, width // 64), depth=blocks) for _ in range(blocks)],
             GPTHead(vocabulary, width),
         ).to(device)
 

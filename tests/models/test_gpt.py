@@ -35,6 +35,19 @@ def test_the_embedding_by_hand():
             torch.testing.assert_close(found[b, t], embed.token.weight[tokens[b, t]] + embed.position.weight[t])
 
 
+def test_the_initialisation_is_gpt_2s():
+    torch.manual_seed(0)
+    block = GPTBlock(96, 2, depth=8)
+    for linear, spread in [
+        (block.query_key_value, 0.02),
+        (block.perceptron_in, 0.02),
+        (block.attention_out, 0.02 / 4),
+        (block.perceptron_out, 0.02 / 4),
+    ]:
+        assert linear.weight.std().item() == pytest.approx(spread, rel=0.05)
+        assert linear.bias.abs().max() == 0
+
+
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_a_block_by_hand(heads):
     torch.manual_seed(0)

@@ -31,9 +31,11 @@ class GPTBlock(nn.Module):
         width: features of the state (B, T, width).
         heads: attention heads; they divide the width.
         dropout: share of features dropped at the end of either part.
+        depth: blocks of the network; what either part adds to the state starts the smaller the more there are (GPT-2's
+            initialisation).
     """
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, depth: int = 1) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
@@ -43,6 +45,10 @@ class GPTBlock(nn.Module):
         self.perceptron_in = nn.Linear(width, 4 * width)
         self.perceptron_out = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
+        added = (self.attention_out, self.perceptron_out)
+        for linear in (self.query_key_value, self.perceptron_in, *added):
+            nn.init.normal_(linear.weight, std=0.02 / (2 * depth) ** 0.5 if linear in added else 0.02)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, state: Tensor) -> Tensor:
         state = state + self.dropout(self._attend(self.attention_norm(state)))

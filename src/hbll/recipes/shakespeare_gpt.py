@@ -57,6 +57,6 @@ class ShakespeareGpt(TreeRecipe):
     def network(self) -> TreeNetwork:
         return TreeNetwork(
             embed=GPTEmbed(CHARACTERS, self.context, self.width),
-            blocks=[GPTBlock(self.width, self.heads) for _ in range(self.block_count)],
+            blocks=[GPTBlock(self.width, self.heads, depth=self.block_count) for _ in range(self.block_count)],
             head=GPTHead(CHARACTERS, self.width),
         )
