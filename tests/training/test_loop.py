@@ -229,6 +229,16 @@ def test_every_epoch_is_measured(tmp_path):
     assert lines[-1].loss < lines[0].loss
 
 
+@pytest.mark.parametrize("part", ["sums", "objective", "network"])
+def test_a_checkpoint_of_another_version_is_told(tmp_path, part):
+    run = run_in(tmp_path, method="stream")
+    train(run)
+    state = checkpoint.load(run.checkpoint_file)
+    checkpoint.save(run.checkpoint_file, state | {part: {"letters": 26}})
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors was made by another version, .*: begin a new run"):
+        train(replace(run, recipe=replace(SMALL, epochs=4)), resume=True)
+
+
 def test_cost_and_defect_are_means_over_the_epoch(tmp_path, monkeypatch):
     taken = []
     follow = Objective.follow

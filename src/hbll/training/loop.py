@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -181,8 +182,16 @@ class Training:
         checkpoint.save(self.run.checkpoint_file, state)
 
     def restore(self) -> None:
-        """Goes back to the checkpoint; ValueError when it is missing or damaged."""
+        """Goes back to the checkpoint; ValueError when it is missing, damaged or of another version."""
         state = checkpoint.load(self.run.checkpoint_file, device())
+        try:
+            self._take_up(state)
+        except (KeyError, RuntimeError, TypeError) as error:  # a part that is lacking, or of another form
+            raise ValueError(
+                f"{self.run.checkpoint_file} was made by another version, and this one cannot go on with it: begin a new run"
+            ) from error
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
