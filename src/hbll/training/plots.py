@@ -9,6 +9,7 @@ from itertools import cycle
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -48,10 +49,7 @@ def learning_curves(histories: Histories, measure: Measure) -> str:
         figure = Figure((7.2, 4.0), layout="constrained")
         axes = figure.subplots()
         for look, (method, runs) in zip(cycle(_LOOKS), histories.items(), strict=False):
-            curves = _scaled([[line.chain for line in run] for run in runs], measure)
-            epochs = [line.epoch for line in runs[0]]
-            axes.plot(epochs, curves.mean(0), **look, label=method)
-            axes.fill_between(epochs, curves.min(0), curves.max(0), color=look["color"], alpha=0.15, linewidth=0)
+            _draw(axes, _scaled([[line.chain for line in run] for run in runs], measure), look, method)
         axes.set(xlabel="epoch", ylabel=f"chain: {measure.axis}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper left", ncols=6)
@@ -95,11 +93,7 @@ def defects(histories: Histories) -> str | None:
         figure = Figure((7.2, 3.0), layout="constrained")
         axes = figure.subplots()
         for look, (method, values) in zip(cycle(_LOOKS), found.items(), strict=False):
-            epochs = np.arange(1, values.shape[1] + 1)
-            axes.plot(epochs, 100 * values.mean(0), **look, label=method)
-            axes.fill_between(
-                epochs, 100 * values.min(0), 100 * values.max(0), color=look["color"], alpha=0.15, linewidth=0
-            )
+            _draw(axes, 100 * values, look, method)
         axes.set(xlabel="epoch", ylabel="defect, %")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -125,6 +119,13 @@ def cosines(histories: Histories) -> str | None:
     if not maps:
         return None
     return _maps(maps, Normalize(min(0, *(np.nanmin(values) for values in maps.values())), 1), "cosine")
+
+
+def _draw(axes: Axes, values: np.ndarray, look: Mapping[str, str], label: str) -> None:
+    """The mean over the seeds, of values (seeds, epochs), and the range they span."""
+    epochs = np.arange(1, values.shape[1] + 1)
+    axes.plot(epochs, values.mean(0), color=look["color"], linestyle=look["linestyle"], label=label)
+    axes.fill_between(epochs, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0)
 
 
 def _maps(maps: Mapping[str, np.ndarray], norm: Normalize, label: str) -> str:
