@@ -521,7 +521,9 @@ class TestOptions:
         with pytest.raises(ValueError, match=sentence):
             Rule(**options)
 
-    @pytest.mark.parametrize("options", [{"sweeps": 1}, {"credit_sweeps": 0}, {"tolerance": 0}, {"stage": 1}])
+    @pytest.mark.parametrize(
+        "options", [{"spine_share": 1.0}, {"sweeps": 1}, {"credit_sweeps": 0}, {"tolerance": 0}, {"stage": 1}]
+    )
     def test_limits_are_allowed(self, options):
         rule = hbll.Objective("scan", **options).rule
         assert all(getattr(rule, name) == value for name, value in options.items())

@@ -39,8 +39,6 @@ class TreeRecipe(CutRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.stage, list):  # as JSON has it
-            object.__setattr__(self, "stage", tuple(self.stage))
         for option, value in self.chosen().items():
             least = 1 if option in ("stage", "sweeps") else 0
             for number in value if isinstance(value, tuple) else [value]:

@@ -9,7 +9,6 @@ from itertools import cycle
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -45,15 +44,10 @@ _STYLE = {
 
 def learning_curves(histories: Histories, measure: Measure) -> str:
     """The chain over the epochs: mean over the seeds, and the range they span."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure((7.2, 4.0), layout="constrained")
-        axes = figure.subplots()
-        for look, (method, runs) in zip(cycle(_LOOKS), histories.items(), strict=False):
-            _draw(axes, _scaled([[line.chain for line in run] for run in runs], measure), look, method)
-        axes.set(xlabel="epoch", ylabel=f"chain: {measure.axis}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside upper left", ncols=6)
-        return _svg(figure)
+    curves = {
+        method: _scaled([[line.chain for line in run] for run in runs], measure) for method, runs in histories.items()
+    }
+    return _curves(curves, f"chain: {measure.axis}", height=4.0)
 
 
 def by_path(histories: Histories, measure: Measure) -> str:
@@ -83,22 +77,11 @@ def by_path(histories: Histories, measure: Measure) -> str:
 def defects(histories: Histories) -> str | None:
     """How far the last sweep still moved the states, over the epochs; None when no method sweeps."""
     found = {
-        method: np.array([[line.defect for line in run] for run in runs])
+        method: 100 * np.array([[line.defect for line in run] for run in runs])
         for method, runs in histories.items()
         if runs[0][0].defect is not None
     }
-    if not found:
-        return None
-    with mpl.rc_context(_STYLE):
-        figure = Figure((7.2, 3.0), layout="constrained")
-        axes = figure.subplots()
-        for look, (method, values) in zip(cycle(_LOOKS), found.items(), strict=False):
-            _draw(axes, 100 * values, look, method)
-        axes.set(xlabel="epoch", ylabel="defect, %")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside upper left", ncols=6)
-        return _svg(figure)
+    return _curves(found, "defect, %", height=3.0, bottom=0) if found else None
 
 
 def corrections(histories: Histories) -> str | None:
@@ -121,11 +104,20 @@ def cosines(histories: Histories) -> str | None:
     return _maps(maps, Normalize(min(0, *(np.nanmin(values) for values in maps.values())), 1), "cosine")
 
 
-def _draw(axes: Axes, values: np.ndarray, look: Mapping[str, str], label: str) -> None:
-    """The mean over the seeds, of values (seeds, epochs), and the range they span."""
-    epochs = np.arange(1, values.shape[1] + 1)
-    axes.plot(epochs, values.mean(0), color=look["color"], linestyle=look["linestyle"], label=label)
-    axes.fill_between(epochs, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0)
+def _curves(curves: Mapping[str, np.ndarray], label: str, height: float, bottom: float | None = None) -> str:
+    """Each method's mean over the seeds, of values (seeds, epochs), and the range they span."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure((7.2, height), layout="constrained")
+        axes = figure.subplots()
+        for look, (method, values) in zip(cycle(_LOOKS), curves.items(), strict=False):
+            epochs = np.arange(1, values.shape[1] + 1)
+            axes.plot(epochs, values.mean(0), **look, label=method)
+            axes.fill_between(epochs, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.set_ylim(bottom=bottom)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside upper left", ncols=6)
+        return _svg(figure)
 
 
 def _maps(maps: Mapping[str, np.ndarray], norm: Normalize, label: str) -> str:

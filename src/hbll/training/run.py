@@ -102,7 +102,10 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
 def stored_recipe(stored: dict[str, Any], folder: Path) -> Recipe:
     """The recipe that a stored run or comparison names; ValueError when this version has none like it."""
     try:
-        return RECIPES[stored["recipe"]](**stored["options"])
+        options: dict[str, Any] = {  # JSON has lists for tuples
+            option: tuple(value) if isinstance(value, list) else value for option, value in stored["options"].items()
+        }
+        return RECIPES[stored["recipe"]](**options)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder} was made by another version: {error} is not known here") from error
 
