@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lowest lint format setup clean
 .DEFAULT_GOAL := demo
 
 demo: setup                 ## train three methods side by side on the embedded digits
@@ -11,6 +11,14 @@ demo: setup                 ## train three methods side by side on the embedded 
 
 test: setup                 ## the whole test suite
 	$(BIN)/python -m pytest
+
+lowest: .venv-lowest/.complete  ## the library's core with the lowest versions that pyproject.toml allows
+	PYTHONPATH=src .venv-lowest/bin/python -m pytest tests/rules/test_contract.py tests/test_engine.py tests/test_network.py
+
+.venv-lowest/.complete: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet $(PIP_ARGS) torch==2.11.0 "numpy==2.0.*" "safetensors==0.5.*" pytest hypothesis
+	touch $@
 
 lint: setup                 ## formatting, lint and types, as CI checks them
 	$(BIN)/ruff format --check .
@@ -26,8 +34,8 @@ setup: .venv/.complete      ## the environment, in .venv
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable ".[sublinear]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable ".[cli,data,sublinear,hf]" --group dev
 	touch $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest build dist .pytest_cache .ruff_cache .hypothesis

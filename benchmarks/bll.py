@@ -11,21 +11,21 @@ epoch. A finished run is a line of OUT/TASK.jsonl and is not made again.
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import ledger
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from hbll import audit
-from hbll.bll import BLL
+import hbll
+from hbll.cut import even
 from hbll.data import Samples
-from hbll.local.backpropagation import Backpropagation
-from hbll.local.rule import LocalRule
 from hbll.recipes import RECIPES, Recipe
-from hbll.training.evaluate import measured
-from hbll.training.schedule import scheduler
+from hbll.train import fit
+from hbll.train.evaluate import measured
+from hbll.train.schedule import scheduler
 
 TASKS: dict[str, Recipe] = {
     "digits": RECIPES["digits"](blocks=7),
@@ -34,46 +34,57 @@ TASKS: dict[str, Recipe] = {
 }
 
 
-def make_rule(feedback: str, cuts: int, network: Any, x: torch.Tensor) -> LocalRule:
-    """The rule of a run, its parameters made; freezes the network's blocks if that is asked for."""
+def initial_network(recipe: Recipe, seed: int) -> hbll.Chain:
+    """The recipe's network with its embed as the first block, so that it can be cut off too."""
+    network = recipe.initial_network(seed)
+    layers = [network.embed] if any(True for _ in network.embed.parameters()) else []
+    return hbll.Chain(nn.Identity(), [*layers, *network.blocks], network.head)
+
+
+def make_rule(feedback: str, cuts: int, network: hbll.Chain, x: Tensor) -> hbll.Rule:
+    """The rule of a run; freezes the network's blocks if that is asked for."""
     if feedback == "bp":
-        return Backpropagation().prepare(network, x)
-    rule = BLL("learned" if feedback == "frozen" else feedback, blocks=cuts).prepare(network, x)
+        return hbll.make_rule("bp", network)
+    kind = "learned" if feedback == "frozen" else feedback
+    rule = hbll.make_rule("bll", network, x, feedback=kind, stage=even(network, cuts))
     if feedback == "frozen":
-        for segment in rule.cut(network).segments[:-1]:
-            for parameter in segment.parameters:
-                parameter.requires_grad_(False)
+        for stage in rule.stages[:-1]:
+            stage.requires_grad_(False)
     return rule
 
 
 def trained(recipe: Recipe, feedback: str, cuts: int, seed: int, train: Samples, test: Samples) -> dict:
     """One run, and what it came to."""
-    network: Any = recipe.initial_network(seed)
+    network = initial_network(recipe, seed)
     rule = make_rule(feedback, cuts, network, train.inputs[: recipe.batch_size])
-    weights = [p for p in [*network.parameters(), *rule.parameters()] if p.requires_grad]
+    weights = [p for p in rule.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     steps = len(train) // recipe.batch_size
     schedule = scheduler(recipe.schedule, optimizer, recipe.epochs * steps)
     draw = np.random.default_rng(seed)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(recipe.epochs):
+            order = torch.from_numpy(draw.permutation(len(train)))
+            for index in order[: steps * recipe.batch_size].split(recipe.batch_size):
+                yield recipe.augment(train.inputs[index], draw), train.labels[index]
+
+    cost: dict[str, int] = {}
+
+    def on_step(number: int, step: hbll.Step) -> None:
+        cost.update(work=step.work, span=step.span)
+
     began = time.perf_counter()
-    for _ in range(recipe.epochs):
-        order = torch.from_numpy(draw.permutation(len(train)))
-        for index in order[: steps * recipe.batch_size].split(recipe.batch_size):
-            step = rule(network, recipe.augment(train.inputs[index], draw), train.labels[index])
-            optimizer.zero_grad()
-            step.loss.backward()
-            optimizer.step()
-            schedule.step()
+    fit(rule, batches(), optimizer, schedule=schedule, on_step=on_step)
     seconds = time.perf_counter() - began
-    (result,) = measured(network, test, rule.readouts(network), recipe.measures)
+    (result,) = measured(rule, test, rule.readouts[:1], recipe.measures)
     return {
         "feedback": feedback,
         "cuts": cuts,
         "seed": seed,
         "accuracy": result["accuracy"],
         "seconds": seconds,
-        "work": step.work,
-        "span": step.span,
+        **cost,
     }
 
 
@@ -105,9 +116,9 @@ def main() -> None:
     recipe = TASKS[options.task]
     splits = recipe.splits(options.data_dir)
     for cuts in options.cuts:
-        network, first = recipe.initial_network(0), splits.train[: recipe.batch_size]
-        rule = make_rule("learned", cuts, network, first.inputs)
-        print(f"{cuts} blocks\n{audit(network, rule, first.inputs, first.labels)}\n", flush=True)
+        first = splits.train[: recipe.batch_size]
+        rule = make_rule("learned", cuts, initial_network(recipe, 0), first.inputs)
+        print(f"{cuts} blocks\n{hbll.audit(rule, first.inputs, first.labels)}\n", flush=True)
     file = options.out / f"{options.task}.jsonl"
     runs = ledger.read(file)
     done = {(run["feedback"], run["cuts"], run["seed"]) for run in runs}

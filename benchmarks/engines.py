@@ -5,8 +5,8 @@
 
 `graph` is the same step captured as a CUDA graph: what is left when launches cost nothing. `compiled` is torch.compile of
 the whole forward pass. All variants of a row are timed in turn, several rounds, after a warm-up; the best round of each
-counts, so that a busy machine hurts none of them more than another. A step is objective (or forward pass and loss),
-backward and zero_grad; the optimizer's step is the same for all and left out. Ends with the table of counted work and span
+counts, so that a busy machine hurts none of them more than another. A step is rule.backward (or forward pass, loss and
+backward) and zero_grad; the optimizer's step is the same for all and left out. Ends with the table of counted work and span
 for N = 4..256, beside the formulas.
 """
 
@@ -65,7 +65,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def problem(kind: str, blocks: int, width: int, batch: int, device: str) -> tuple[hbll.TreeNetwork, torch.Tensor]:
+def problem(kind: str, blocks: int, width: int, batch: int, device: str) -> tuple[hbll.Chain, torch.Tensor]:
     """A network of one kind of blocks and a random input for it; 10 classes."""
     if kind == "mlp":
         parts = nn.Linear(64, width), [SkipBlock(width) for _ in range(blocks)], nn.Linear(width, 10)
@@ -77,7 +77,7 @@ def problem(kind: str, blocks: int, width: int, batch: int, device: str) -> tupl
         head = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
         parts = nn.Linear(16, width), [GPTBlock(width, max(1, width // 32)) for _ in range(blocks)], head
         x = torch.randn(batch, 16, 16)
-    network = hbll.TreeNetwork(*parts).to(device)
+    network = hbll.Chain(*parts).to(device)
     network(x.to(device))
     return network, x.to(device)
 
@@ -93,14 +93,12 @@ def compare(kind: str, blocks: int, width: int, batch: int, options: argparse.Na
         for parameter in parameters:  # what zero_grad does, without its search for the parameters
             parameter.grad = None
 
-    def by_rule(rule: str, engine: str) -> Callable[[], None]:
-        objective = hbll.Objective(rule, engine=engine)
+    def by_rule(name: str, engine: str) -> Callable[[], None]:
+        rule = hbll.make_rule(name, network, engine=engine)
 
         def step() -> None:
-            found = objective(network, x, y)
-            found.loss.backward()
+            work[name] = rule.backward(x, y).work / (3 * blocks)
             forget()
-            work[rule] = found.work / (3 * blocks)
 
         return step
 
@@ -118,7 +116,7 @@ def compare(kind: str, blocks: int, width: int, batch: int, options: argparse.Na
     if options.compile:
         torch._dynamo.reset()
         steps["bp compiled"] = by_backpropagation(torch.compile(network, mode="reduce-overhead"))
-    auto = hbll.Objective("paper")(network, x, y).engine
+    auto = hbll.make_rule("paper", network).backward(x, y).engine
     row = {"kind": kind, "blocks": blocks, "width": width, "batch": batch, "auto": auto, "work": work}
     return row | {
         "milliseconds": {name: 1e3 * t for name, t in best_times(steps, options.rounds, options.seconds).items()}
@@ -152,10 +150,12 @@ def counter_table() -> str:
     for depth in range(2, 9):
         nodes = 2**depth
         network, x = problem("mlp", nodes - 1, 4, 2, "cpu")
-        steps = {
-            rule: hbll.Objective(rule, engine="batched")(network, x, torch.tensor([0, 1]))
-            for rule in ("paper", "tree", "bp")
+        rules = {
+            "paper": hbll.make_rule("paper", network, engine="batched"),
+            "tree": hbll.make_rule("tree", network, engine="batched"),
+            "bp": hbll.make_rule("bp", network),
         }
+        steps = {name: rule.backward(x, torch.tensor([0, 1])) for name, rule in rules.items()}
         cells = [
             nodes,
             steps["paper"].span,

@@ -17,6 +17,7 @@ import math
 import statistics
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import ledger
@@ -28,12 +29,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 import hbll
-from hbll.data import Samples, Splits, mnist
+from hbll.data import Splits, mnist
 from hbll.data.augment import crop_and_flip
 from hbll.data.cifar import cifar10
 from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
-from hbll.training.memory import step_memory
+from hbll.train import fit
+from hbll.train.memory import step_memory
 
 RULES: dict[str, tuple[str, dict]] = {
     "bp": ("bp", {}),
@@ -77,10 +79,10 @@ RULES: dict[str, tuple[str, dict]] = {
     "stream G2-3-2 right": ("stream", {"stage": (2, 3, 2), "spine": "right"}),
     "stream G3 rim": ("stream", {"stage": 3, "rim": 0.3}),
     "stream G3 no spine": ("stream", {"stage": 3, "spine": "none"}),
-    "greedy G3": ("stream", {"stage": 3, "spine": "none", "heads": "own"}),
-    "greedy G3-4": ("stream", {"stage": (3, 4), "spine": "none", "heads": "own"}),
-    "greedy G5": ("stream", {"stage": 5, "spine": "none", "heads": "own"}),
-    "greedy G1": ("stream", {"spine": "none", "heads": "own"}),
+    "greedy G3": ("greedy", {"stage": 3}),
+    "greedy G3-4": ("greedy", {"stage": (3, 4)}),
+    "greedy G5": ("greedy", {"stage": 5}),
+    "greedy G1": ("greedy", {}),
     "chain spine G3": ("stream", {"states": "chain", "stage": 3}),
     "pipeline": ("pipeline", {}),
     "pipeline G3": ("pipeline", {"stage": 3}),
@@ -103,9 +105,9 @@ class Images:
     def read(self, data_dir: Path) -> Splits:
         return cifar10(data_dir)
 
-    def build(self, blocks: int, width: int | None) -> hbll.TreeNetwork:
+    def build(self, blocks: int, width: int | None) -> hbll.Chain:
         width = width or 32
-        return hbll.TreeNetwork(patch_embed(width), [ConvBlock(width) for _ in range(blocks)], ConvHead(width, 10))
+        return hbll.Chain(patch_embed(width), [ConvBlock(width) for _ in range(blocks)], ConvHead(width, 10))
 
     def batches(self):
         draw = np.random.default_rng(torch.initial_seed())
@@ -136,13 +138,13 @@ class Plain(Images):
     def read(self, data_dir: Path) -> Splits:
         return mnist(data_dir)
 
-    def build(self, blocks: int, width: int | None) -> hbll.TreeNetwork:
+    def build(self, blocks: int, width: int | None) -> hbll.Chain:
         width = width or 128
 
         def layer(inputs: int) -> nn.Module:
             return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.ReLU())
 
-        return hbll.TreeNetwork(layer(784), [layer(width) for _ in range(blocks)], nn.Linear(width, 10))
+        return hbll.Chain(layer(784), [layer(width) for _ in range(blocks)], nn.Linear(width, 10))
 
 
 class Characters:
@@ -158,7 +160,7 @@ class Characters:
         self.batch_size = options.batch_size
         self.steps, self.steps_per_line = options.steps, 200
         width = options.width or 64
-        self.network = hbll.TreeNetwork(
+        self.network = hbll.Chain(
             GPTEmbed(vocabulary, self.context, width),
             [GPTBlock(width, heads=max(2, width // 64), depth=blocks) for _ in range(blocks)],
             GPTHead(vocabulary, width),
@@ -224,42 +226,47 @@ TASKS = {"images": Images, "plain": Plain, "characters": Characters, "subwords":
 
 
 def run(job: tuple[int, str, int, float], options: argparse.Namespace) -> None:
-    blocks, rule, seed, rate = job
+    blocks, title, seed, rate = job
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     task = TASKS[options.task](options, blocks, device)
-    preset, settings = RULES[rule]
-    objective = hbll.Objective(preset, **settings).to(device).prepare(task.network).to(device)
-    parameters = [*task.network.parameters(), *objective.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, task.steps, pct_start=0.05)
-    batches, seconds, work, span = task.batches(), 0.0, 0, 0
-    for done in range(1, task.steps + 1):
-        x, y = next(batches)
-        began = time.perf_counter()
-        step = objective(task.network, x, y)
-        optimizer.zero_grad()
-        step.loss.backward()
-        nn.utils.clip_grad_norm_(task.network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    name, settings = RULES[title]
+    rule = hbll.make_rule(name, task.network, **settings).to(device)
+    beside = [p for k in range(1, len(rule.stages) + 1) for part in rule.auxiliary(k) for p in part.parameters()]
+    # Gradients of the network alone are clipped.
+    groups = {1.0: list(task.network.parameters())} | ({None: beside} if beside else {})
+    optimizers = [torch.optim.AdamW(parameters, lr=rate) for parameters in groups.values()]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, rate, task.steps, pct_start=0.05) for o in optimizers]
+    began, seconds, work, span = 0.0, 0.0, 0, 0
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal began
+        for batch in itertools.islice(task.batches(), task.steps):
+            began = time.perf_counter()
+            yield batch
+
+    def on_step(done: int, step: hbll.Step) -> None:
+        nonlocal seconds, work, span
         if device.type == "cuda" and done % 50 == 0:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - began
         work, span = work + step.work, span + step.span
         if done % task.steps_per_line == 0 or done == task.steps:
-            line = {"task": options.task, "blocks": blocks, "rule": rule, "seed": seed, "rate": rate}
+            line = {"task": options.task, "blocks": blocks, "rule": title, "seed": seed, "rate": rate}
             line |= {"step": done, "of": task.steps}
             line |= task.measure() | {"seconds": seconds, "work": work / done, "span": span / done}
             line["relative_work"], line["span_of_bp"] = line["work"] / (3 * blocks), line["span"] / (2 * blocks)
             if step.defect is not None:
                 line["defect"] = step.defect.item()
-            reports = objective.diagnose(task.network, *task.probe()).values()
+            reports = rule.diagnose(*task.probe()).values()
             line["cosine"] = [round(report.cosine, 3) for report in reports if report.cosine is not None]
             if done == task.steps:
-                line["peak_mib"] = step_memory(task.network, objective, Samples(x, y)) / 2**20
+                line["peak_mib"] = step_memory(rule, *next(task.batches())) / 2**20
             ledger.append(options.out / "full_depth.jsonl", line)
+
+    # The schedule ends with the last batch, and so does the training: what is in flight then is left there.
+    fit(rule, batches(), optimizers, clip=[*groups], schedule=schedules, drain=False, on_step=on_step)
 
 
 def table(lines: list[dict], better: str) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from hbll.recipes import RECIPES, Recipe
-from hbll.training.compare import Comparison, MethodResult, compare
-from hbll.training.evaluate import measured
-from hbll.training.loop import Training
-from hbll.training.run import Run
+from hbll.train.compare import Comparison, MethodResult, compare
+from hbll.train.evaluate import measured
+from hbll.train.loop import Training
+from hbll.train.run import Run
 
 METHODS = ["bp", "paper", "tree", "scan", "stream", "pipeline", "bll", "dgl", "predsim", "cff", "ff", "dfa"]
 
@@ -39,10 +39,9 @@ def tuned_rate(recipe: Recipe, method: str, options: argparse.Namespace) -> floa
         tried = replace(recipe, learning_rate=rate, epochs=1)
         run = Run(recipe=tried, method=method, seed=0, folder=options.out)
         training = Training(run, whole[: options.tune_samples])
-        for _ in training.steps():
-            pass
-        chain = training.objective.readouts(training.network)[:1]
-        accuracy[rate] = measured(training.network, held_out, chain, tried.measures[:1])[0]["accuracy"]
+        training.go_on()
+        chain = training.rule.readouts[:1]
+        accuracy[rate] = measured(training.rule, held_out, chain, tried.measures[:1])[0]["accuracy"]
     print(f"{method}: " + ", ".join(f"{100 * found:.1f} % at {rate:g}" for rate, found in accuracy.items()), flush=True)
     return max(accuracy, key=accuracy.__getitem__)
 

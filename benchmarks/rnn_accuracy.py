@@ -56,14 +56,14 @@ def sequences(folder: Path, part: str, length: int, permuted: bool) -> tuple[Ten
     return torch.from_numpy(padded), torch.from_numpy(read_idx(folder, f"{part}-labels-idx1-ubyte").astype(np.int64))
 
 
-def rule_of(method: str, network: RecurrentNetwork, length: int) -> RecurrentRule:
-    """A method of hbll.recurrent by its name, or the scan with other options as ``hbll-G-K-Kc-guess[-shared]``."""
+def rule_of(method: str, network: RecurrentNetwork) -> RecurrentRule:
+    """A rule of hbll.recurrent by its name, or the scan with other options as ``hbll-G-K-Kc-guess[-shared]``."""
     if not method.startswith("hbll-"):
-        return make_rule(method, network, length)
+        return make_rule(method, network)
     _, chunk, sweeps, credit_sweeps, guess, *rest = method.split("-")
     return ScanRule(
         network,
-        length,
+        network.length,
         chunk=int(chunk),
         sweeps=int(sweeps),
         credit_sweeps=int(credit_sweeps),
@@ -73,13 +73,13 @@ def rule_of(method: str, network: RecurrentNetwork, length: int) -> RecurrentRul
 
 
 class Trainer:
-    """One network under one rule; a step is a CUDA graph where there is a GPU."""
+    """A rule and its network; a step is a CUDA graph where there is a GPU."""
 
-    def __init__(self, network: RecurrentNetwork, rule: RecurrentRule, x: Tensor, y: Tensor) -> None:
-        self.network, self.rule, self.x, self.y = network, rule, x, y
-        self.groups = [list(network.parameters()), list(rule.parameters())]
-        parameters = [p for group in self.groups for p in group]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-4, capturable=x.is_cuda)
+    def __init__(self, rule: RecurrentRule, x: Tensor, y: Tensor) -> None:
+        self.rule, self.x, self.y = rule, x, y
+        modules = [rule.network, *rule.auxiliary(1)]
+        self.groups = [list(module.parameters()) for module in modules]
+        self.optimizer = torch.optim.AdamW(rule.parameters(), lr=1e-3, weight_decay=1e-4, capturable=x.is_cuda)
         self.batch = torch.zeros(BATCH, dtype=torch.long, device=x.device)
         self.defect = self.loss = torch.zeros((), device=x.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -109,13 +109,12 @@ class Trainer:
 
     def _step(self) -> None:
         self.optimizer.zero_grad()
-        step = self.rule(self.network, self.x[self.batch], self.y[self.batch])
-        step.loss.backward()
+        step = self.rule.backward(self.x[self.batch], self.y[self.batch])
         for group in self.groups:
-            if group:
-                clip_grad_norm_(group, CLIP)
+            clip_grad_norm_(group, CLIP)
         self.optimizer.step()
-        self.loss = step.errors[max(step.errors)]
+        assert step.label_loss is not None
+        self.loss = step.label_loss
         if step.defect is not None:
             self.defect = step.defect
         self.work, self.span = step.work, step.span
@@ -132,13 +131,13 @@ def accuracy(network: RecurrentNetwork, x: Tensor, y: Tensor, path: str) -> floa
     return 100 * right / len(y)
 
 
-def cosine(network: RecurrentNetwork, rule: RecurrentRule, x: Tensor, y: Tensor) -> float:
+def cosine(rule: RecurrentRule, x: Tensor, y: Tensor) -> float:
     """Between the rule's gradient of the deployed cell and BPTT's, on one batch; the rule's memory is left as it was."""
     rule.eval()
-    weights = list(network.cell.parameters())
+    weights = list(rule.network.cell.parameters())
     ours, exact = (
-        torch.cat([g.flatten() for g in torch.autograd.grad(each(network, x, y).loss, weights)])
-        for each in (rule, Backpropagation())
+        torch.cat([g.flatten() for g in torch.autograd.grad(each(x, y).loss, weights)])
+        for each in (rule, Backpropagation(rule.network))
     )
     rule.train()
     return torch.cosine_similarity(ours, exact, dim=0).item()
@@ -155,8 +154,8 @@ def run(job: dict) -> Iterator[dict]:
     x, y = x[: job["samples"]], y[: job["samples"]]
     torch.manual_seed(job["seed"])
     cells = DepthCells(CELLS[job["cell"]], x.shape[2], job["width"], job["depth"])
-    network = RecurrentNetwork(cells, nn.Linear(job["width"], 10)).to(device)
-    trainer = Trainer(network, rule_of(job["method"], network, length).to(device), x, y)
+    network = RecurrentNetwork(cells, nn.Linear(job["width"], 10), length=length).to(device)
+    trainer = Trainer(rule_of(job["method"], network).to(device), x, y)
     generator = np.random.default_rng(job["seed"])
     for epoch in range(1, job["epochs"] + 1):
         began = time.perf_counter()
@@ -174,7 +173,7 @@ def run(job: dict) -> Iterator[dict]:
         if job["method"].startswith("hbll"):
             line["defect"] = trainer.defect.item()
             if epoch == 1 or epoch == job["epochs"]:
-                line["cosine"] = cosine(network, trainer.rule, x[:256], y[:256])
+                line["cosine"] = cosine(trainer.rule, x[:256], y[:256])
         yield line
 
 

@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hbll.recurrent import GRU, Backpropagation, DepthCells, Newton, PaperRule, RecurrentNetwork, ScanRule
+from hbll.recurrent import GRU, Backpropagation, DepthCells, Newton, PaperRule, RecurrentNetwork, ScanRule, make_rule
 from hbll.recurrent.cost import Machine, backpropagation_cost, paper_cost, scan_cost
-from hbll.recurrent.step import RecurrentStep
+from hbll.rule import Step
 
 METHODS = ["bptt", "gru", "deer", "paper", "scan"]
 MODES = {"graph": "-", "eager": ":", "predicted": "--"}
@@ -47,7 +47,7 @@ class Subject:
         length, self.method = 2**depth, method
         inputs = -(-784 // length)
         # One cell per depth; the deepest reads half of the sequence.
-        network = RecurrentNetwork(DepthCells(GRU, inputs, width, depth), nn.Linear(width, 10))
+        network = RecurrentNetwork(DepthCells(GRU, inputs, width, depth), nn.Linear(width, 10), length=length)
         self.network = network.to(options.device, options.dtype)
         self.x = torch.rand(options.batch, length, inputs).to(options.device, options.dtype)
         self.y = torch.randint(10, (options.batch,)).to(options.device)
@@ -58,14 +58,14 @@ class Subject:
         if method == "gru":
             self.gru = self.network.export_sequence().to(options.device)
         elif method == "deer":
-            self.rule = Newton(tolerance=1e-3 if options.dtype == torch.float32 else 2e-2)
+            self.rule = Newton(self.network, tolerance=1e-3 if options.dtype == torch.float32 else 2e-2)
         elif method == "paper":
-            self.rule = PaperRule()
+            self.rule = PaperRule(self.network)
         elif method == "scan":
-            self.rule = ScanRule(self.network, length, **(ScanRule.suggested(length) | options.scan)).to(options.device)
+            self.rule = make_rule("hbll", self.network, **options.scan).to(options.device)
         else:
-            self.rule = Backpropagation()
-        self.taken: RecurrentStep | None = None
+            self.rule = Backpropagation(self.network)
+        self.taken: Step | None = None
 
     def clear(self) -> None:
         """Drops all gradients, and what the last step returned."""
@@ -80,14 +80,20 @@ class Subject:
             hidden, _ = self.gru(self.x)
             nn.functional.cross_entropy(self.network.head(hidden[:, -1]), self.y).backward()
             return
-        self.taken = self.rule(self.network, self.x, self.y)
-        self.taken.loss.backward()
+        self.taken = self.rule.backward(self.x, self.y)
 
-    def counted(self) -> tuple[int | None, int | None, int | None]:
-        """Work, span and sweeps; the fused baseline's work and span are backpropagation's."""
+    @property
+    def iterations(self) -> int:
+        """Of Newton in the last step; its work is that of ``newton_cost``."""
+        assert self.taken is not None
+        return self.taken.work // self.x.shape[1] - 2
+
+    def counted(self) -> tuple[int, int, int | None]:
+        """Work, span and sweeps or iterations; the fused baseline's work and span are backpropagation's."""
         if self.taken is None:
             return 3 * self.x.shape[1], 2 * self.x.shape[1], None
-        return self.taken.work, self.taken.span, self.taken.sweeps or None
+        sweeps = self.iterations if self.method == "deer" else getattr(self.rule, "sweeps", None)
+        return self.taken.work, self.taken.span, sweeps
 
 
 def graphed(step: Callable[[], None]) -> Callable[[], None]:
@@ -159,8 +165,7 @@ def measure(method: str, depth: int, width: int, options: argparse.Namespace) ->
         row["work"], row["span"], row["sweeps"] = subject.counted()
         if cuda:
             if method == "deer":
-                assert subject.taken is not None
-                subject.rule = Newton(iterations=subject.taken.sweeps)
+                subject.rule = Newton(subject.network, iterations=subject.iterations)
             row["graph"] = seconds(graphed(subject.step), cuda, options.limit)
     except torch.OutOfMemoryError:
         row["error"] = "out of memory"

@@ -20,6 +20,7 @@ from torch import nn
 import hbll
 from hbll.data.mnist import mnist
 from hbll.models.mlp import sigmoid_layer
+from hbll.train import Descent
 
 PAPER = {  # layers, width: HBLL, backpropagation
     (4, 50): (97.20, 96.68), (4, 100): (97.66, 97.29), (4, 500): (98.32, 97.98),
@@ -33,18 +34,16 @@ def train(job: tuple[int, int, str, int], epochs: int, data_dir: Path, out: Path
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     data = mnist(data_dir)
-    network = hbll.TreeNetwork(
+    network = hbll.Chain(
         sigmoid_layer(784, width), [sigmoid_layer(width, width) for _ in range(layers - 1)], nn.Linear(width, 10)
     )
-    objective = hbll.Objective(method)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+    rule = hbll.make_rule(method, network, data.train.inputs[:64])
+    descent = Descent(rule, torch.optim.AdamW(rule.parameters(), lr=1e-3, fused=True))
     started = time.perf_counter()
     for epoch in range(1, epochs + 1):
-        for batch in torch.randperm(len(data.train.inputs)).split(64):
-            step = objective(network, data.train.inputs[batch], data.train.labels[batch])
-            optimizer.zero_grad()
-            step.loss.backward()
-            optimizer.step()
+        order = torch.randperm(len(data.train)).split(64)
+        batches = ((data.train.inputs[batch], data.train.labels[batch]) for batch in order)
+        descent.run(batches, drain=epoch == epochs)
         with torch.no_grad():
             predicted = {path: network(data.test.inputs, path).argmax(1) for path in ("chain", "rim")}
         accuracy = {path: (found == data.test.labels).float().mean().item() for path, found in predicted.items()}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hbll.training.loop import Interrupted, train
-from hbll.training.run import Run
+from hbll.train.loop import Interrupted, train
+from hbll.train.run import Run
 
 
 def stopped_and_resumed(whole: Run, folder: Path, after: int) -> Run:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,8 @@ def trained(tmp_path_factory):
         (["--help"], ["train", "evaluate", "compare", "report"]),
         (["train", "--help"], ["digits", "mnist-mlp"]),
         (["compare", "--help"], ["digits", "mnist-mlp"]),
-        (["train", "digits", "--help"], ["--depth", "--method", "--resume", "--batch-size"]),
-        (["compare", "mnist-mlp", "--help"], ["--depth", "--methods", "--seeds", "--json"]),
+        (["train", "digits", "--help"], ["--depth", "--method", "--rule", "greedy", "--optimizer", "--resume"]),
+        (["compare", "mnist-mlp", "--help"], ["--depth", "--methods", "--rules", "--seeds", "--json"]),
         (["evaluate", "--help"], ["--path", "--json"]),
         (["report", "--help"], ["FOLDER"]),
         (["sublinear", "--help"], ["bench", "fit"]),
@@ -76,7 +77,13 @@ def test_help(hbll, arguments, said):
         ("train digits --widht 3", "unknown option '--widht'; did you mean --width?"),
         ("train digits --widht=3", "unknown option '--widht'; did you mean --width?"),
         ("train digits --method papr", "unknown rule 'papr'; did you mean paper?"),
+        ("train digits --rule papr", "unknown rule 'papr'; did you mean paper?"),
+        ("train digits --ruel paper", "unknown option '--ruel'; did you mean --rule?"),
+        ("train digits --rule bp --stage 2", "--stage does nothing for bp: leave it out"),
+        ("train digits --stage 3 3", "stages of 3, 3 add up to 6 blocks; the network has 7"),
+        ("train cifar10-resnet --rule streem", "unknown rule 'streem'; did you mean stream?"),
         ("compare digits --methods papr", "unknown rule 'papr'; did you mean paper?"),
+        ("compare digits --rules bp scan --stage 3 3", "stages of 3, 3 add up to 6 blocks; the network has 7"),
         ("train digits --width wide", "--width cannot be 'wide'"),
         ("train digits --depth deep", "--depth cannot be 'deep'"),
         ("train digits --depth 0", "--depth must be at least 1, not 0"),
@@ -152,7 +159,7 @@ def test_missing_data_are_told_in_one_sentence(hbll, monkeypatch, tmp_path):
 
 
 def test_train_shows_the_accuracy_of_every_path_and_where_the_run_lies(hbll):
-    code, out, err = hbll("train", "digits", *SMALL)
+    code, out, err = hbll("train", "digits", *SMALL, "--rule", "paper")
     assert code == 0
     (folder,) = Path("runs").iterdir()
     assert re.fullmatch(r"digits-paper-s0-\d{8}-\d{6}", folder.name)
@@ -220,10 +227,10 @@ def test_a_run_is_not_trained_over(hbll, trained):
     assert "holds a run already: give --resume" in err
 
 
-def test_a_run_that_diverges_names_the_node(hbll):
+def test_a_run_that_diverges_names_the_place(hbll):
     code, out, err = hbll("train", "digits", *SMALL, "--learning-rate", "1e30", "--run-dir", "run")
     assert (code, out) == (2, "")
-    assert re.search(r"NaN or infinite in step 2 of epoch 1, first at node \d; the last good checkpoint is kept", err)
+    assert re.search(r"NaN or infinite in step 2 of epoch 1, first at block \d; the last good checkpoint is kept", err)
     assert hbll("evaluate", "run", "--json")[0] == 0
 
 
@@ -232,7 +239,7 @@ def test_report_says_where_the_page_is(hbll, trained):
 
 
 def test_compare_prints_one_json_object_and_nothing_else(hbll):
-    arguments = ["compare", "digits", *SMALL, "--methods", "bp", "tree", "--seeds", "2", "--run-dir", "made"]
+    arguments = ["compare", "digits", *SMALL, "--rules", "bp", "tree", "--seeds", "2", "--run-dir", "made"]
     code, out, err = hbll(*arguments, "--json")
     methods = json.loads(out)["methods"]
     assert (code, err) == (0, "")
@@ -246,6 +253,28 @@ def test_compare_prints_one_json_object_and_nothing_else(hbll):
     assert [line.split()[0] for line in out.splitlines()[1:3]] == ["bp", "tree"]
     assert out.splitlines()[-1] == "page: made/report.html"
     assert json.loads(hbll("evaluate", "made/bp-s1", "--json")[1])["paths"]
+
+
+def test_the_version_is_that_of_the_package(hbll):
+    assert hbll("--version") == (0, f"hbll {version('hbll')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("tyro", ["--version"]),
+        ("rich", ["train", "digits"]),
+        ("sklearn", ["train", "digits"]),
+        ("matplotlib", ["report", "x"]),
+    ],
+)
+def test_without_the_extra_of_the_command_line_one_sentence_says_what_to_install(tmp_path, missing, arguments):
+    code = f"import sys; sys.modules['{missing}'] = None; from hbll.__main__ import main; main()"
+    command = [sys.executable, "-c", code, *arguments]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr == f'hbll: the command line needs {missing}: pip install "hbll[cli]"\n'
 
 
 def test_a_missing_extra_is_told_with_what_to_install(hbll, monkeypatch):

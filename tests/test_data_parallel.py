@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 PROCESS = """
+import copy
 import os
 import sys
 from datetime import timedelta
@@ -25,36 +26,61 @@ class Residual(nn.Linear):
         return state + torch.tanh(super().forward(state)) / 2
 
 
-class Training(nn.Module):
-    def __init__(self, network, objective):
-        super().__init__()
-        self.network, self.objective = network, objective
-
-    def forward(self, x, y):
-        return self.objective(self.network, x, y).loss
+def batch():
+    return torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,))
 
 
-def check(rule):
+def joined(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def make(name, **options):
     torch.manual_seed(0)
     blocks = [Residual(6, 6) for _ in range(7)]
-    network = hbll.TreeNetwork(nn.Linear(4, 6), blocks, nn.Linear(6, 3)).double()
-    parallel = DistributedDataParallel(Training(network, hbll.Objective(rule, stage=2)), find_unused_parameters=True)
-    alone = hbll.Objective(rule, stage=2)
-    torch.manual_seed(rank)
-    for _ in range(8):
-        x, y = torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,))
-        own = torch.autograd.grad(alone(network, x, y).loss, list(network.parameters()), materialize_grads=True)
-        network.zero_grad()
-        parallel(x, y).backward()
-        for parameter, gradient in zip(network.parameters(), own, strict=True):
-            dist.all_reduce(gradient)
-            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            torch.testing.assert_close(found, gradient / 2)
-    assert max(gradient.abs().max() for gradient in own) > 0
+    network = hbll.Chain(nn.Linear(4, 6), blocks, nn.Linear(6, 3)).double()
+    return hbll.make_rule(name, network, example=batch()[0], **options)
 
 
-for rule in ("scan", "stream", "pipeline", "tree"):
-    check(rule)
+def check(name, **options):
+    rule = make(name, **options)
+    alone = copy.deepcopy(rule)  # with the same weights, which its own gradients do not move
+    parallel = DistributedDataParallel(rule, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    torch.manual_seed(rank + 1)
+    for _ in range(10):
+        x, y = batch()
+        own = alone(x, y)
+        found = torch.autograd.grad(own.loss, list(alone.parameters()), materialize_grads=True)
+        optimizer.zero_grad()
+        step = parallel(x, y)
+        assert torch.equal(step.loss, own.loss) and (step.work, step.span) == (own.work, own.span)
+        step.loss.backward()
+        mean = joined(torch.zeros_like(p) if p.grad is None else p.grad for p in rule.parameters())
+        both = joined(found)
+        dist.all_reduce(both)
+        torch.testing.assert_close(mean, both / 2)
+        optimizer.step()
+        alone.load_state_dict(rule.state_dict())
+    assert both.abs().max() > 0
+    weights = joined(rule.parameters())
+    replicas = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(replicas, weights)
+    assert torch.equal(*replicas)
+
+
+check("scan", stage=2, engine="loop")
+check("stream", stage=2, engine="loop")
+check("stream", stage=2, states="chain")
+check("pipeline", stage=2, engine="loop")
+check("paper")
+check("bp")
+check("dgl")
+try:
+    make("stream").backward(*batch())
+except ValueError as refusal:
+    assert "rule.backward does not average gradients over processes: wrap the rule" in str(refusal)
+else:
+    raise AssertionError("it was not refused")
 print("agreed", flush=True)
 sys.stdin.read()  # until the other has agreed as well
 os._exit(0)  # gloo's threads may stumble over each other at the end

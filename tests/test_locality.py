@@ -1,16 +1,12 @@
-"""The audit. Oracles: which gradients of each node's own losses are not zero, and leaks planted on purpose."""
+"""The audit. Oracles: which gradients of each stage's own losses are not zero, and leaks planted on purpose."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import hbll
-from hbll.bll import BLL
-from hbll.cuts import SequentialNetwork
-from hbll.local.backpropagation import Backpropagation
+from hbll import Chain, Step, audit, make_rule
 from hbll.locality import locality
-from hbll.recipes import RECIPES
 
 WIDTH, CLASSES, BATCH = 5, 3, 4
 EVERY_SCOPE = pytest.mark.parametrize("scope", ["block", "triplet", "tree"])
@@ -21,7 +17,7 @@ def network(nodes=8, block=None):
     torch.manual_seed(0)
     block = block or (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
     blocks = [block() for _ in range(nodes - 1)]
-    return hbll.TreeNetwork(nn.Linear(WIDTH, WIDTH), blocks, nn.Linear(WIDTH, CLASSES)).double()
+    return Chain(nn.Linear(WIDTH, WIDTH), blocks, nn.Linear(WIDTH, CLASSES)).double()
 
 
 def batch():
@@ -42,25 +38,22 @@ def ancestors(tree, n):
 
 @EVERY_SCOPE
 @EVERY_BOUNDARY
-@pytest.mark.parametrize("nodes", [2, 3, 6, 8])
+@pytest.mark.parametrize("nodes", [3, 6, 8])
 def test_reach_of_every_scope(nodes, boundary, scope):
     net = network(nodes)
-    found = hbll.audit(net, hbll.Objective("paper", boundary=boundary, scope=scope), *batch())
-    assert [row.node for row in found.rows] == list(net.tree.chain)
+    found = audit(make_rule("paper", net, boundary=boundary, scope=scope), *batch())
+    assert [row.stage for row in found.rows] == list(net.tree.chain)
     for row in found.rows:
-        n, right = row.node, "head" if row.right == nodes else f"block {row.right}"
-        assert (row.left, row.right) == net.tree.interval(n)
-        expected = {f"block {n}", right}
-        if row.left == 0 or scope == "tree":
-            expected.add("embed")
-        if scope == "tree":
-            expected |= {f"block {m}" for m in ancestors(net.tree, n)}
-        assert set(row.reaches) == expected
-        # Weights are transported across one arc alone.
-        assert row.uses == (right,)
-        triple = {f"block {n}", right, *(["embed"] if row.left == 0 else [])}
-        assert set(row.outside) == expected - triple
-    assert found.local == (scope != "tree" or nodes == 2)
+        left, j = net.tree.interval(row.stage)
+        right = "head" if j == nodes else f"block {j}"
+        through = {f"block {m}" for m in ancestors(net.tree, row.stage)} if scope == "tree" else {f"block {row.stage}"}
+        embed = {"embed"} if left == 0 or scope == "tree" else set()
+        assert set(row.reaches) == through | embed | {right}
+        # Weights are transported across one arc alone, but for the tree's own backpropagation.
+        near = {f"block {row.stage}", *(["embed"] if left == 0 else [])}
+        assert set(row.uses) == (through | embed | {right}) - near
+        assert set(row.outside) == (through | embed) - near - {right}
+    assert found.local == (scope != "tree")
     assert found.shared == ()
 
 
@@ -68,42 +61,60 @@ def test_reach_of_every_scope(nodes, boundary, scope):
 @EVERY_BOUNDARY
 def test_reach_is_where_gradients_are_not_zero(boundary, scope):
     net, (x, y) = network(8), batch()
-    objective = hbll.Objective("paper", boundary=boundary, scope=scope, engine="loop")
-    trace = objective(net, x, y).trace
-    reached = {n: set() for n in net.tree.chain}
-    for nodes, term in trace.terms:
+    rule = make_rule("paper", net, boundary=boundary, scope=scope, engine="loop")
+    reached = {}
+    for loss in rule.losses(x, y, Step(look=True)):
         for name, module in modules(net).items():
             gradients = torch.autograd.grad(
-                term, list(module.parameters()), retain_graph=True, materialize_grads=True, allow_unused=True
+                loss.value, list(module.parameters()), retain_graph=True, materialize_grads=True, allow_unused=True
             )
             if any(g.abs().max() > 0 for g in gradients):
-                for n in nodes:
-                    reached[n].add(name)
-    assert {row.node: set(row.reaches) for row in hbll.audit(net, objective, x, y).rows} == reached
+                reached.setdefault(loss.stage, set()).add(name)
+    assert {row.stage: set(row.reaches) for row in audit(rule, x, y).rows} == reached
 
 
-@pytest.mark.parametrize("preset", ["paper", "tree"])
-@pytest.mark.parametrize("engine", ["loop", "batched"])
-def test_presets_are_local_whatever_the_engine(preset, engine):
-    assert hbll.audit(network(), hbll.Objective(preset, engine=engine), *batch()).local
+@pytest.mark.parametrize("rule", ["paper", "tree"])
+def test_presets_are_local_though_a_stacked_call_evaluates_many(rule):
+    assert audit(make_rule(rule, network(), engine="batched"), *batch()).local
+    assert audit(make_rule(rule, network(), engine="batched", stage=(2, 2, 3)), *batch()).local
+
+
+def test_stages_are_near_their_right_neighbours():
+    found = audit(make_rule("paper", network(), stage=(2, 2, 3)), *batch())
+    assert [row.reaches for row in found.rows] == [
+        ("embed", "block 1", "block 2", "block 3", "block 4"),
+        ("embed", "block 3", "block 4", "head"),
+        ("block 5", "block 6", "block 7", "head"),
+    ]
+    assert [row.uses for row in found.rows] == [("block 3", "block 4"), ("head",), ("head",)]
+    assert found.local
+    assert found.crossed == 4
 
 
 def test_backpropagation_is_not_local():
-    found = hbll.audit(network(), hbll.Objective("bp"), *batch())
-    assert not found.local
-    assert set(found.rows[-1].reaches) == set(modules(network()))
+    (row,) = audit(make_rule("bp", network()), *batch()).rows
+    assert set(row.reaches) == set(row.outside) == set(modules(network()))
 
 
-@pytest.mark.parametrize("preset", ["paper", "tree"])
-def test_weights_tied_between_embed_and_head_are_named(preset):
+def test_a_rim_beside_a_rule_is():
+    # Its own row, all of which is outside.
+    *rows, rim = audit(make_rule("tree", network(), rim=0.3), *batch()).rows
+    assert rim.stage == "rim"
+    assert set(rim.reaches) == set(rim.outside) == {"embed", "block 4", "block 6", "block 7", "head"}
+    assert all(row.outside == () for row in rows)
+
+
+@pytest.mark.parametrize("rule", ["paper", "tree"])
+def test_weights_tied_between_embed_and_head_are_named(rule):
     net = network()
     net.head = nn.Linear(WIDTH, WIDTH).double()
     net.head.weight = net.embed.weight
-    found = hbll.audit(net, hbll.Objective(preset), *batch())
+    found = audit(make_rule(rule, net), *batch())
     assert found.shared == (("embed", "head"),)
     assert not found.local
-    leaking = {row.node for row in found.rows if row.outside}
-    # Nodes 6 and 7 train the head without reading node 0, nodes 1 and 2 read node 0 and do not predict the label.
+    leaking = {row.stage for row in found.rows if row.outside}
+    # Nodes 6 and 7 train the head without reading node 0; node 2 reads it and does not predict the label. Node 1 does
+    # neither, but has the embed, and so the head.
     assert leaking == {1, 2, 6, 7}
     assert "embed and head share parameters" in str(found)
 
@@ -111,7 +122,7 @@ def test_weights_tied_between_embed_and_head_are_named(preset):
 def test_one_block_used_by_two_nodes_is_named():
     net = network(4)
     net.blocks[2] = net.blocks[0]
-    found = hbll.audit(net, hbll.Objective("paper"), *batch())
+    found = audit(make_rule("paper", net), *batch())
     assert found.shared == (("block 1", "block 3"),)
     assert not found.local
 
@@ -128,20 +139,21 @@ class Peeking(nn.Module):
         return torch.tanh(self.linear(state) + self.hidden[0](state))
 
 
-@pytest.mark.parametrize("preset", ["paper", "tree"])
-@pytest.mark.parametrize(("peeking", "seen"), [(1, 7), (5, 2), (7, 3)])
-def test_a_block_that_captures_another_ones_parameters(preset, peeking, seen):
+@pytest.mark.parametrize(("peeking", "seen"), [(4, 7), (6, 3), (7, 1)])
+def test_a_block_that_captures_another_ones_parameters(peeking, seen):
     net = network()
     net.blocks[peeking - 1] = Peeking(net.blocks[seen - 1]).double()
-    found = hbll.audit(net, hbll.Objective(preset), *batch())
+    found = audit(make_rule("tree", net), *batch())
     assert not found.local
-    row = next(row for row in found.rows if row.node == peeking)
+    row = next(row for row in found.rows if row.stage == peeking)
     assert f"block {seen}" in row.reaches
     assert f"block {seen}" in row.outside
     # And whoever predicts through the peeking block uses the other one's weights.
-    for row in found.rows:
-        if row.right == peeking:
-            assert {f"block {peeking}", f"block {seen}"} <= set(row.uses)
+    predicting = [row for row in found.rows if net.tree.right(row.stage) == peeking]
+    assert len(predicting) == {4: 2, 6: 1, 7: 0}[peeking]
+    for row in predicting:
+        assert {f"block {peeking}", f"block {seen}"} <= set(row.uses)
+        assert row.outside == (f"block {seen}",)
 
 
 def test_a_head_that_captures_the_embed():
@@ -157,9 +169,10 @@ def test_a_head_that_captures_the_embed():
             return self.linear(self.hidden[0](state))
 
     net.head = Head(net.embed).double()
-    found = hbll.audit(net, hbll.Objective("paper"), *batch())
+    found = audit(make_rule("paper", net), *batch())
     assert not found.local
-    assert {row.node for row in found.rows if "embed" in row.uses} == {4, 6, 7}
+    # Of those that predict the label, node 4 reads the embed itself.
+    assert {row.stage for row in found.rows if "embed" in row.outside} == {6, 7}
 
 
 def test_an_auxiliary_loss_through_the_embed_is_found():
@@ -169,124 +182,113 @@ def test_an_auxiliary_loss_through_the_embed_is_found():
     def regularised(logits, y):
         return F.cross_entropy(logits, y, reduction="none") + net.embed.weight.square().sum()
 
-    found = hbll.audit(net, hbll.Objective("paper", loss=regularised), *batch())
-    assert {row.node for row in found.rows if "embed" in row.outside} == {6, 7}
+    found = audit(make_rule("paper", net, loss=regularised), *batch())
+    assert {row.stage for row in found.rows if "embed" in row.outside} == {6, 7}
 
 
-def test_the_audit_leaves_no_gradient_and_gives_a_table():
-    net = network(4)
-    found = hbll.audit(net, hbll.Objective("paper"), *batch())
+def test_the_audit_gives_a_table():
+    found = audit(make_rule("paper", network(4)), *batch())
+    assert str(found).splitlines() == [
+        "stage  loss reaches             credit uses  outside",
+        "1      embed, block 1, block 2  block 2      -",
+        "2      embed, block 2, head     head         -",
+        "3      block 3, head            head         -",
+    ]
+
+
+@pytest.mark.parametrize("rule", ["tree", "bll"])
+def test_the_audit_leaves_nothing_behind(rule):
+    net = network(4, lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh()))
+    net.blocks[1].eval()
+    frozen = net.blocks[2].requires_grad_(False)
+    audit(make_rule(rule, net), *batch())
     assert all(p.grad is None for p in net.parameters())
-    header, *lines = str(found).splitlines()
-    assert "node" in header
-    assert "outside" in header
-    assert len(lines) == 3
-    assert lines[0].split()[:3] == ["1", "0", "2"]
-    assert "label" in lines[1]
+    assert all(block[1].num_batches_tracked == 0 for block in net.blocks)
+    assert [block.training for block in net.blocks] == [True, False, True]
+    assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_convolutional_states():
     torch.manual_seed(0)
     blocks = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)]
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
-    net = hbll.TreeNetwork(nn.Conv2d(1, 4, 1), blocks, head)
-    found = hbll.audit(net, hbll.Objective("tree"), torch.randn(BATCH, 1, 5, 5), torch.arange(BATCH) % CLASSES)
-    assert found.local
+    rule = make_rule("tree", Chain(nn.Conv2d(1, 4, 1), blocks, head))
+    assert audit(rule, torch.randn(BATCH, 1, 5, 5), torch.arange(BATCH) % CLASSES).local
 
 
 def test_a_frozen_neighbour_is_used_but_not_reached():
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(7)]
-    network = hbll.TreeNetwork(nn.Linear(3, 4), blocks, nn.Linear(4, 2))
-    blocks[3].requires_grad_(False)
-    found = hbll.audit(network, hbll.Objective("paper"), torch.randn(5, 3), torch.randint(2, (5,)))
-    row = next(row for row in found.rows if row.node == 3)
+    net = network()
+    net.blocks[3].requires_grad_(False)
+    found = audit(make_rule("paper", net), *batch())
+    row = found.rows[2]
     assert row.uses == ("block 4",)
     assert row.reaches == ("block 3",)
-    assert not any(p.requires_grad for p in blocks[3].parameters())
 
 
 def plain():
     """Six layers without the activations between them."""
     torch.manual_seed(0)
-    return SequentialNetwork(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)), nn.Linear(WIDTH, CLASSES)).double()
-
-
-def local_audit(rule, net=None):
-    net = net or plain()
-    return hbll.audit(net, rule.prepare(net, batch()[0]), *batch())
+    return network(7, lambda: nn.Linear(WIDTH, WIDTH))
 
 
 @pytest.mark.parametrize("feedback", ["learned", "random", "prototype"])
-@pytest.mark.parametrize("blocks", [2, 3, 6])
-def test_a_block_of_a_local_rule_reaches_itself_and_its_own_auxiliary(feedback, blocks):
-    found = local_audit(BLL(feedback, blocks=blocks))
-    size = 6 // blocks
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_stage_of_a_local_rule_reaches_itself_and_its_own_auxiliary(feedback, size):
+    found = audit(make_rule("bll", plain(), feedback=feedback, stage=size), *batch())
+    last = 6 // size
+    assert [row.stage for row in found.rows] == list(range(1, last + 1))
     for k, row in enumerate(found.rows, 1):
-        assert row.node == k
-        expected = {f"layer {n}" for n in range((k - 1) * size + 1, k * size + 1)}
-        if k == blocks:
-            expected.add("head")
-        elif feedback != "random":  # fixed maps learn nothing
-            expected.add(f"auxiliary {k}")
-        assert set(row.reaches) == set(row.uses) == expected
+        beside = (
+            ["head"] if k == last else [f"auxiliary {k}"] if feedback != "random" else []
+        )  # fixed maps learn nothing
+        own = [f"block {n}" for n in range((k - 1) * size + 1, k * size + 1)]
+        assert list(row.reaches) == (["embed"] if k == 1 else []) + own + beside
+        assert list(row.uses) == beside
     assert found.local
     assert found.crossed == size
 
 
 def test_inverted_arcs_use_the_next_blocks_weights():
-    found = local_audit(BLL("inverted", blocks=3))
-    assert not found.local
-    assert found.rows[0].reaches == ("layer 1", "layer 2")
-    assert found.rows[0].uses == found.rows[0].outside == ("layer 3", "layer 4")
-    assert found.rows[1].uses == ("layer 5", "layer 6", "head")
-    assert found.rows[2].outside == ()
+    first, second, third = audit(make_rule("bll", plain(), feedback="inverted", stage=2), *batch()).rows
+    assert first.reaches == ("embed", "block 1", "block 2")
+    assert first.uses == first.outside == ("block 3", "block 4")
+    assert second.uses == second.outside == ("block 5", "block 6", "head")
+    assert third.outside == ()
 
 
-def test_a_block_that_is_the_whole_network_is_not_local():
-    for rule in (Backpropagation(), BLL(blocks=1)):
-        found = local_audit(rule)
+def test_a_stage_that_is_the_whole_network_is_not_local():
+    for rule in (make_rule("bp", plain()), make_rule("bll", plain(), stage=6)):
+        found = audit(rule, *batch())
         assert not found.local
         assert found.crossed == 6
 
 
-def test_a_local_block_that_captures_another_ones_parameters():
+def test_a_local_stage_that_captures_another_ones_parameters():
     net = plain()
-    net[2] = Peeking(net[0]).double()
-    found = local_audit(BLL(), net)
-    assert [row.node for row in found.rows if row.outside] == [3]
-    assert found.rows[2].outside == ("layer 1",)
+    net.blocks[2] = Peeking(net.blocks[0]).double()
+    found = audit(make_rule("bll", net), *batch())
+    assert [row.stage for row in found.rows if row.outside] == [3]
+    assert found.rows[2].outside == ("block 1",)
 
 
-def test_an_audit_leaves_running_statistics_alone():
-    net = plain()
-    net.insert(1, nn.BatchNorm1d(WIDTH).double())
-    local_audit(BLL(), net)
-    assert net[1].num_batches_tracked == 0
-    assert net.training
-    assert all(p.grad is None for p in net.parameters())
+def test_a_pipeline_cannot_be_audited():
+    with pytest.raises(
+        ValueError, match="an asynchronous pipeline cannot be audited: its credit comes from other steps"
+    ):
+        audit(make_rule("pipeline", network()), *batch())
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("name", "said"),
     [
         ("paper", "yes"),
         ("bll", "yes"),
+        ("greedy", "yes"),
         ("bp", "no: crosses 7 blocks"),
         ("pipeline", "no: crosses 7 blocks"),
+        ("scan", "no: crosses 7 blocks"),
         ("stream", "no: crosses 4 blocks"),  # 1, and the spine 2, 4, 7
     ],
 )
-def test_what_is_said_of_a_rule(method, said):
-    recipe = RECIPES["digits"](blocks=7, width=8)
-    net, samples = recipe.initial_network(0), recipe.splits(None).train[:16]
-    rule = recipe.objective(method).prepare(net, samples.inputs)
-    assert locality(net, rule, samples.inputs, samples.labels) == said
-
-
-def test_recurrent_rules_are_not_audited():
-    recipe = RECIPES["sequential-mnist"](depth=2, width=4)
-    net, x, y = recipe.network(), torch.zeros(2, 4, 196), torch.zeros(2, dtype=int)
-    assert locality(net, recipe.objective("bptt"), x, y) == ""
-    with pytest.raises(ValueError, match="a Backpropagation cannot be audited"):
-        hbll.audit(net, recipe.objective("bptt"), x, y)
+def test_what_is_said_of_a_rule(name, said):
+    assert locality(make_rule(name, network()), *batch()) == said

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbll.losses import cross_entropy, squared_error
+from hbll.losses import cross_entropy, mean_loss, mean_losses, row_means, sample_losses, squared_error
 
 
 def draw(seed, *shape):
@@ -61,3 +61,53 @@ def test_squared_error_is_a_gaussian_likelihood_up_to_a_constant():
     constant = 3 * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64)) / 2
     torch.testing.assert_close(squared_error(prediction, y), -log_prob - constant)
     assert squared_error(draw(2, 5, 7, 3), draw(3, 5, 7, 3)).shape == (5, 7)
+
+
+def test_means_of_rows_leave_out_what_weighs_nothing():
+    values, weights = draw(0, 6, 5), torch.tensor([0.0, 1.0, 2.0, 1.0, 0.0], dtype=torch.float64).repeat(6, 1)
+    weights[4:] = 0  # of the last row nothing counts
+    means = row_means(values, weights, 3)
+    for row in range(2):
+        mine, own = values[2 * row : 2 * row + 2], weights[2 * row : 2 * row + 2]
+        torch.testing.assert_close(means[row], (mine * own).sum() / own.sum())
+    assert means[2] == 0
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 100))
+def test_mean_losses_are_each_rows_own(rows, tokens, seed):
+    logits = draw(seed, rows, 4, tokens, 3).requires_grad_()
+    y = torch.randint(-1, 3, (rows, 4, tokens), generator=torch.Generator().manual_seed(seed))
+    y[y < 0] = -100
+    y[:, 0, 0] = 1
+    found = mean_losses(cross_entropy, logits, y)
+    own = [F.cross_entropy(logits[i].flatten(0, 1), y[i].flatten()) for i in range(rows)]
+    torch.testing.assert_close(found, torch.stack(own))
+    torch.testing.assert_close(mean_loss(cross_entropy, logits[0], y[0]), own[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), logits)[0], torch.autograd.grad(torch.stack(own).sum(), logits)[0]
+    )
+
+
+def test_rows_reach_the_loss_as_one_batch():
+    seen = []
+
+    def loss(prediction, y):
+        seen.append((prediction.shape, y.shape))
+        return squared_error(prediction, y)
+
+    prediction, y = draw(0, 2, 4, 7, 3), draw(1, 2, 4, 7, 3)
+    means = mean_losses(loss, prediction, y)
+    assert seen == [((8, 7, 3), (8, 7, 3))]
+    torch.testing.assert_close(means, (prediction - y).square().sum(-1).mean((1, 2)) / 2)
+
+
+def test_a_loss_of_one_value_per_sample_weighs_all_alike():
+    prediction, y = draw(0, 5, 3), draw(1, 5, 3)
+    values, weights = sample_losses(squared_error, prediction, y)
+    assert (weights == 1).all()
+    torch.testing.assert_close(mean_loss(squared_error, prediction, y), values.mean())
+
+
+def test_a_loss_that_averages_over_the_batch_is_refused():
+    with pytest.raises(ValueError, match=r"one value per sample, not their mean: .* reduction='none'"):
+        sample_losses(F.cross_entropy, draw(0, 5, 3), torch.zeros(5, dtype=torch.long))

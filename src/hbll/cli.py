@@ -1,4 +1,4 @@
-"""The command line: `hbll train | evaluate | compare | report | sublinear`.
+"""The command line: `hbll train | evaluate | compare | report | sublinear`, and `hbll --version`.
 
 Parsing is tyro's, from the option classes below; a recipe's own options come flat among them. What a command needs is
 imported when it runs, so that `hbll --help` answers at once. Results go to stdout, progress and errors to stderr.
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
@@ -23,22 +24,25 @@ from hbll.names import check_known
 
 if TYPE_CHECKING:
     from hbll.recipes import Recipe
-    from hbll.training.compare import Comparison
-    from hbll.training.run import Run
+    from hbll.train.compare import Comparison
+    from hbll.train.run import Run
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 """A TypeVar, because the option classes are made for one recipe at a time: `TrainOptions[Digits]`."""
 
 RUNS = Path("runs")
 
+ALIASES = {"method": "--rule", "methods": "--rules"}
+"""Other spellings of options."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Generic[RecipeT]):
     recipe: RecipeT
 
-    method: str
-    """The training rule: paper, tree, scan, stream, pipeline or bp; bll, dgl, predsim, ff, cff or dfa on a network cut into
-    blocks (--cuts); of recurrent networks hbll, paper, bptt, bptt-fused or deer."""
+    method: Annotated[str, tyro.conf.arg(aliases=[ALIASES["method"]])]
+    """The training rule: paper, tree, scan, stream, greedy, pipeline or bp; bll, dgl, predsim, ff, cff or dfa, which give
+    every stage a loss of its own; of recurrent networks hbll, paper, bptt, bptt-fused or deer."""
 
     seed: int = 0
     """Of the initial weights, the order of the samples and the rule's noise."""
@@ -57,7 +61,7 @@ class TrainOptions(Generic[RecipeT]):
 class CompareOptions(Generic[RecipeT]):
     recipe: RecipeT
 
-    methods: tuple[str, ...]
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(aliases=[ALIASES["methods"]])]
     """The training rules to compare."""
 
     seeds: int = 3
@@ -101,11 +105,11 @@ class ReportOptions:
 
 def train(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      train a network"""
-    from hbll.training.console import train_shown
-    from hbll.training.run import Run, open_run
+    from hbll.train.console import train_shown
+    from hbll.train.run import Run, open_run
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
-    options.recipe.check_read([options.method])
+    options.recipe.check([options.method])
     name = f"{recipe.name}-{options.method}-s{options.seed}-{_now()}"
     run = Run(
         recipe=options.recipe,
@@ -119,9 +123,9 @@ def train(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """RUN [OPTIONS]         measure a run's network along paths of its tree"""
-    from hbll.training.console import show_paths
-    from hbll.training.evaluate import evaluate_run
-    from hbll.training.run import open_run
+    from hbll.train.console import show_paths
+    from hbll.train.evaluate import evaluate_run
+    from hbll.train.run import open_run
 
     options = _parse(EvaluateOptions, arguments, "hbll evaluate")
     paths = evaluate_run(options.run, [path for group in options.path for path in group], options.data_dir)
@@ -133,9 +137,9 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def compare(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      train methods side by side, over several seeds"""
-    from hbll.training.compare import Comparison, open_comparison
-    from hbll.training.console import compare_shown, show_results
-    from hbll.training.report import write_report
+    from hbll.train.compare import Comparison, open_comparison
+    from hbll.train.console import compare_shown, show_results
+    from hbll.train.report import write_report
 
     recipe, options = _recipe_options("compare", arguments, CompareOptions, open_comparison)
     comparison = Comparison(
@@ -155,7 +159,7 @@ def compare(arguments: Sequence[str]) -> None:
 
 def report(arguments: Sequence[str]) -> None:
     """FOLDER                write the page of a run or a comparison"""
-    from hbll.training.report import write_report
+    from hbll.train.report import write_report
 
     print(write_report(_parse(ReportOptions, arguments, "hbll report").folder))
 
@@ -210,6 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _dispatch(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_usage("hbll COMMAND", [f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items()])
+        return
+    if arguments[0] == "--version":
+        print(f"hbll {version('hbll')}")
         return
     COMMANDS[check_known(arguments[0], COMMANDS, "command")](arguments[1:])
 
@@ -278,6 +285,7 @@ def _flags(options: Any) -> list[str]:
     for field in fields(options):
         value = getattr(options, field.name)
         flags += _flags(value) if is_dataclass(value) else ["--" + field.name.replace("_", "-")]
+        flags += [ALIASES[field.name]] if field.name in ALIASES else []
     return flags
 
 

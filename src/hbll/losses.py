@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Loss", "cross_entropy", "mean_loss", "mean_losses", "squared_error"]
+__all__ = [
+    "Loss",
+    "cross_entropy",
+    "mean_loss",
+    "mean_losses",
+    "row_means",
+    "sample_losses",
+    "squared_error",
+    "wide",
+]
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor]]
 """(prediction, y) -> one value per sample, shape (B,), or per token, shape (B, T); or a pair of such values and of weights
@@ -45,16 +54,40 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
     return (prediction - y).square().sum(-1) / 2
 
 
-def mean_losses(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
-    """The mean loss of every row of predictions (n, ..., C) of labels (n, ...): (n,), with graph.
+def sample_losses(loss: Loss, prediction: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """The values of a loss, (B,) or (B, T), and their weights.
 
-    Labels of weight 0 do not count.
+    Raises:
+        ValueError: the loss is one number for the whole batch.
     """
     returned = loss(prediction, y)
     values, weights = returned if isinstance(returned, tuple) else (returned, torch.ones_like(returned))
-    return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1)
+    if values.ndim == 0:
+        raise ValueError(
+            "the loss must return one value per sample, not their mean: torch's losses take reduction='none'"
+        )
+    return values, weights
 
 
-def mean_loss(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
-    """The mean loss of predictions (..., C) of labels (...), a scalar with graph; labels of weight 0 do not count."""
-    return mean_losses(loss, prediction.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
+def row_means(values: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """The means, (rows,), of the values (rows * B, ...) of as many equal parts; values of weight 0 do not count."""
+    values, weights = (values * weights).reshape(rows, -1), weights.reshape(rows, -1)
+    return values.sum(1) / weights.sum(1).clamp_min(1)
+
+
+def mean_losses(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of every row of predictions (n, B, ..., C) of labels (n, B, ...): (n,), with graph.
+
+    Labels of weight 0 do not count.
+    """
+    return row_means(*sample_losses(loss, prediction.flatten(0, 1), y.flatten(0, 1)), len(y))
+
+
+def mean_loss(loss: Loss, prediction: Any, y: Any) -> Tensor:
+    """The mean loss of predictions (B, ..., C) of labels (B, ...), a scalar with graph; labels of weight 0 do not count."""
+    return row_means(*sample_losses(loss, prediction, y), 1).squeeze(0)
+
+
+def wide(values: Tensor) -> Tensor:
+    """At least float32: errors of half-precision states are summed over many features."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -1,30 +1,64 @@
-"""The user's network as a tree: embed, same-shaped blocks, head; the chain, and every path."""
+"""The user's network as a chain: embed, blocks, head; the binary tree over the blocks, and every path through it."""
 
+import inspect
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Any, Self, TypeAlias
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
-from hbll.blocks import check_shape
-from hbll.layout import Readout
+from hbll.adapt import Part, split
 from hbll.tree import Path, Tree, format_path
 
-__all__ = ["TreeNetwork", "evaluating"]
+__all__ = [
+    "Chain",
+    "Context",
+    "Readout",
+    "apply",
+    "check_shape",
+    "check_tensor",
+    "chosen",
+    "out_of_order",
+]
+
+Context: TypeAlias = Mapping[str, Any]
+"""What blocks and head take as keywords beside the state: masks, rotary tables, position ids; tensors, or nests of them."""
 
 
-class TreeNetwork(nn.Module):
+@dataclass(frozen=True)
+class Readout:
+    """A path through a network, or another way of reading it."""
+
+    name: str
+    """The network's name for it, or its blocks joined by dashes."""
+
+    path: Path
+
+    blocks: int
+    """Blocks that are evaluated along it; of a recurrent network, cells."""
+
+    scores: Callable[[Tensor], Tensor] | None = None
+    """x -> what the measures take for logits, where a rule has a way of its own to get them."""
+
+
+class Chain(nn.Module):
     """A network cut into blocks, with the binary tree over them.
 
-    The modules stay the user's: a network trained by backpropagation is cut by handing over its parts, and
-    ``sequential`` hands them back.
+    The modules stay the user's: a network trained by backpropagation is cut by handing over its parts, or by ``cut``, and
+    ``sequential`` hands them back. Blocks may change the shape of the state as long as the rule, or the path, evaluates
+    them in order; whoever calls a block out of order checks that it keeps the shape.
 
     Args:
-        embed: maps the input to the first state z_0, shape (B, ...).
-        blocks: the N - 1 blocks; each maps a state to a state of the same shape. Any number from 1 on.
+        embed: maps the input to the first state z_0, shape (B, ...), or to a pair of it and a *context*, a dict that
+            travels with the batch: every block, and the head, is given those of its entries, as keywords, that its
+            ``forward`` names, or all if it takes ``**kwargs``.
+        blocks: the N - 1 blocks, each from a state to a state; of a tuple that a block returns the first item is the state.
         head: maps a state to whatever the loss takes (logits, predictions).
         feature_dim: the dimension of a state that holds features; the dimensions between it and the batch are tokens or
             pixels. By default the last one for states (B, F) and (B, T, F), dimension 1 for images (B, C, H, W).
@@ -44,8 +78,27 @@ class TreeNetwork(nn.Module):
         if not self.blocks:
             raise ValueError("a network needs at least one block between embed and head")
         self.tree = Tree(len(self.blocks) + 1)
+        self._known: set[str] = set()
 
-    def forward(self, x: Tensor, path: str | int | Sequence[int] | None = None) -> Tensor:
+    @classmethod
+    def cut(cls, model: nn.Module, at: Sequence[str], feature_dim: int | None = None) -> Self:
+        """A model of others, cut at some of its modules; it shares the model's modules.
+
+        Args:
+            model: a model through which one tensor runs: an ``nn.Sequential``, nested ones, or any module that
+                ``torch.fx`` can trace. What is more than that is cut by hand, with ``part`` and a context.
+            at: the paths of the modules that start each block (``"layers.0"``), then of the one that starts the head;
+                what lies before the first is the embed.
+            feature_dim: as of the class.
+
+        Raises:
+            ValueError: the model has no such module, they do not come in this order, embed or head would be empty, or
+                something else than one state crosses a cut.
+        """
+        embed, *blocks, head = split(model, at)
+        return cls(embed, blocks, head, feature_dim)
+
+    def forward(self, x: Any, path: str | int | Sequence[int] | None = None) -> Any:
         """The head's output along a path, by default the chain of all blocks.
 
         Args:
@@ -53,14 +106,54 @@ class TreeNetwork(nn.Module):
             path: see ``resolve``.
 
         Raises:
-            ValueError: the path is none, or a block changes the state's shape.
+            ValueError: the path is none, or leaves out blocks although one of it changes the state's shape.
         """
-        state = self.embed(x)
-        for n in self.resolve(path):
-            output = self.blocks[n - 1](state)
+        state, context = self.embedded(x)
+        return self.read(self.along(self.resolve(path), state, context), context)
+
+    def along(self, path: Path, state: Tensor, context: Context) -> Tensor:
+        """The state that the blocks of a path make of the embedded input.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        for n in path:
+            if path == self.tree.chain:
+                state = apply(f"block {n}", self.blocks[n - 1], state, context)
+                continue
+            with out_of_order(f"block {n}", state):
+                output = apply(f"block {n}", self.blocks[n - 1], state, context)
             check_shape(f"block {n}", output, state)
             state = output
-        return self.head(state)
+        return state
+
+    def embedded(self, x: Any) -> tuple[Tensor, Context]:
+        """The first state and the context of a batch.
+
+        Raises:
+            ValueError: embed returns neither a tensor nor one with a dict, or the context has an entry that nothing takes.
+        """
+        output = self.embed(x)
+        if isinstance(output, Tensor):
+            return output, {}
+        if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping)):
+            check_tensor("embed", output[0] if isinstance(output, tuple) and output else output)
+            raise ValueError("embed returns a state, or a pair of a state and a context, which is a dict")
+        state, context = output
+        check_tensor("embed", state)
+        for key in context:
+            if key not in self._known:
+                if all(taken is not None and key not in taken for taken in map(takes, [*self.blocks, self.head])):
+                    raise ValueError(
+                        f"the context that embed returns has an entry {key!r}, which neither a block nor the head takes: "
+                        "name it among the arguments of their forward"
+                    )
+                self._known.add(key)
+        return state, context
+
+    def read(self, state: Tensor, context: Context) -> Any:
+        """The head's output of a state."""
+        return self.head(state, **chosen(self.head, context)) if context else self.head(state)
 
     def resolve(self, path: str | int | Sequence[int] | None) -> Path:
         """The blocks of a path given by name (``4-6-7``, ``chain``, ``rim``), as a list, or by its number of blocks.
@@ -86,7 +179,7 @@ class TreeNetwork(nn.Module):
         return _readout(self.tree.parse(name))
 
     def sequential(self, path: str | int | Sequence[int] | None = None) -> nn.Sequential:
-        """The network along a path as a plain nn.Sequential that shares the modules."""
+        """The network along a path as a plain nn.Sequential that shares the modules; for networks without a context."""
         return nn.Sequential(self.embed, *(self.blocks[n - 1] for n in self.resolve(path)), self.head)
 
     def features(self, state: Tensor) -> int:
@@ -131,17 +224,69 @@ class TreeNetwork(nn.Module):
         return {"format": 1, "blocks": len(self.blocks), "feature_dim": self.feature_dim, "shapes": shapes}
 
 
-def _readout(path: Path) -> Readout:
-    return Readout(format_path(path), path, len(path))
+def apply(name: str, block: nn.Module, state: Tensor, context: Context) -> Tensor:
+    """The state that a block makes of a state (B, ...).
+
+    Raises:
+        ValueError: it returns no tensor, nor a tuple that starts with one; the message has the name.
+    """
+    output = block(state, **chosen(block, context)) if context else block(state)
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    check_tensor(name, output)
+    return output
+
+
+def chosen(module: nn.Module, context: Context) -> dict[str, Any]:
+    """What of a context a module takes."""
+    taken = takes(module)
+    return dict(context) if taken is None else {key: value for key, value in context.items() if key in taken}
+
+
+def takes(module: nn.Module) -> frozenset[str] | None:
+    """The keywords that a module's forward names; None if it takes any."""
+    try:
+        parameters = inspect.signature(module.function if isinstance(module, Part) else module.forward).parameters
+    except ValueError:  # a built-in function, such as torch.tanh
+        return frozenset()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    _state, *others = parameters.values()
+    return frozenset(other.name for other in others if other.kind is not other.VAR_POSITIONAL)
+
+
+def check_tensor(name: str, output: object) -> None:
+    """Raises ValueError unless embed or a block returned a state."""
+    if not isinstance(output, Tensor):
+        raise ValueError(f"{name} returns a {type(output).__name__}; it must return a state, which is one tensor")
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode, in which running statistics stand still; afterwards as it was."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
+def out_of_order(name: str, state: Tensor) -> Iterator[None]:
+    """Inside, a block is called on a state of another block than the one before it.
+
+    Raises:
+        ValueError: the block cannot take it.
+    """
     try:
         yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} cannot take a state of shape {tuple(state.shape)}; here blocks are called out of order, on the states "
+            f"of other blocks, which must be of one shape ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_shape(name: str, output: Tensor, state: Tensor) -> None:
+    """Raises ValueError unless a block that is called out of order kept the shape of the state."""
+    if output.shape != state.shape:
+        raise ValueError(
+            f"{name} changes the state's shape from {tuple(state.shape)} to {tuple(output.shape)}; here blocks are called "
+            "out of order, on the states of other blocks, and must keep it"
+        )
+
+
+def _readout(path: Path) -> Readout:
+    return Readout(format_path(path), path, len(path))

@@ -1,181 +1,432 @@
-"""A training rule by its options: which states, which credit, which local update, and their parameters."""
+"""What every training rule is: a module that owns its network and yields its losses one after the other.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin
+Each loss belongs to a stage and is walked back, its gradients taken and its graph dropped, before the next one is computed:
 
-from torch import nn
+    rule = hbll.make_rule("stream", network, stage=(3, 4))
+    step = rule(x, y)                  # one scalar with the gradients attached: any wrapper, any torch optimizer
+    step.loss.backward()
+    rule.backward(x, y)                # or: gradients straight into .grad as they come, in the least memory
+"""
 
-from hbll.losses import Loss, cross_entropy
-from hbll.names import check_known
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, final
 
-__all__ = ["PRESETS", "Rule", "make_rule"]
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from hbll.carry import Carry, map_tensors, own_copy
+from hbll.cut import Stage, cut
+from hbll.losses import Loss, cross_entropy, mean_loss
+from hbll.modes import evaluating
+from hbll.network import Chain, Readout
+
+__all__ = ["Report", "Rule", "StageLoss", "Step", "attach_gradients"]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The options of a training rule (arXiv 2606.21497, section 3, and what was found since: see the README).
+class StageLoss:
+    """What a rule yields."""
 
-    Raises:
-        ValueError: an option has no such value, or two of them exclude each other.
+    stage: int | str | tuple[int, ...]
+    """1..S, several where they were evaluated in one graph; ``embed``, ``rim``, ``jumps`` for what is beside the stages."""
+
+    value: Tensor
+    """A scalar; its graph reaches the stage, and what the stage's credit led through."""
+
+    leaves: tuple[Tensor, ...] = ()
+    """Tensors beside the parameters into whose ``.grad`` the walk back is to put their gradients."""
+
+    gathered: bool = False
+    """Whether its gradients are made of those that earlier walks have put into leaves."""
+
+    through: tuple[Tensor, ...] = ()
+    """What the stage's credit was carried back through, with its graph, where the value's own graph does not show it."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one stage did in one step; means over the batch and over tokens, in nats where it is an error.
+
+    Fields are None where the rule has no such thing; all but ``error`` are there if ``Rule.diagnose`` was asked.
     """
 
-    states: Literal["tree", "chain", "scan", "stream"] = "tree"
-    """What a node is evaluated on: its left parent in the tree, or an estimate of its predecessor in the chain: exact, one
-    after the other; by parallel sweeps; or left there by the step before."""
-    boundary: Literal["posterior", "prior"] = "posterior"
-    """What a node of the tree hands to its children: its target, or what its block computed."""
-    stage: int | Sequence[int] = 1
-    """Consecutive blocks that form one node, evaluated one after the other with exact gradients inside; or a number for
-    every node, such as (2, 2, 3)."""
-    credit: Literal["arcs", "exact", "scan", "spine", "late"] = "arcs"
-    """Inverted right arcs; the exact gradient through the whole chain; parallel sweeps of vector-Jacobian products; the
-    gradient through a few jumps to the head; or the exact gradient of an earlier step's batch."""
-    scope: Literal["block", "triplet", "tree"] = "block"
-    """How far the gradient of a node's error reaches: the right neighbour (f_n then moves to its target), also the node's
-    own block, or everything that the node's state was computed from."""
-    inversion: Literal["none", "taylor", "exact"] = "taylor"
-    """How a target is found: not at all, by one gradient step, or by conjugate gradients on the linearised arc."""
-    step: float = 0.5
-    """The length of the gradient step; 1/2 is exact for orthogonal linear arcs."""
-    iterations: int = 8
-    """Conjugate-gradient iterations of the exact inversion."""
-    noise: float = 0.0
-    """Standard deviation of the Gaussian noise on every target, in units of the state."""
-    family: Literal["gaussian", "bernoulli", "categorical"] = "gaussian"
-    """The exponential family of the states, whose means the blocks exchange: embed and blocks must end in what yields such
-    means, a sigmoid for bernoulli, a softmax over features for categorical."""
-    variance: float = 1.0
-    """sigma^2 of Gaussian states; a larger one weighs the states' errors less against the label's."""
-    label_variance: float = 1.0
-    """The label's error is loss / label_variance."""
-    loss: Loss = cross_entropy
-    """The label's loss."""
-    sweeps: int = 3
-    """Sweeps of scan states, the last one, with graph, included; at most so many if there is a tolerance."""
-    credit_sweeps: int = 3
-    """Sweeps of scan credit; at most so many if there is a tolerance."""
-    tolerance: float | None = None
-    """Sweeps, of states and of credit, end as soon as one moves them by less than this, relative to their norm."""
-    guess: Literal["ahead", "mean", "tree", "star"] = "ahead"
-    """Where the sweeps of states start: the batch's own states, computed ahead with the weights of the steps before; a
-    running mean over steps; or predictors with parameters of their own, a tree of them or each on the embedded input."""
-    jumps: Sequence[nn.Module] = ()
-    """The blocks of the predictors, one per stage; by default fresh copies of each stage's last block."""
-    coarse: Literal["skip", "none"] = "skip"
-    """How a sweep carries a correction across a stage: unchanged, as skip connections do, or not at all."""
-    spine: Literal["doubling", "right", "last", "none"] = "doubling"
-    """The stages whose last blocks spine credit passes on its way to the head: 1, 3, 7, .. on; the right parents; the last
-    one alone; none."""
-    spine_share: float = 1.0
-    """Share of the stages, drawn anew each step, that receive spine credit; theirs is scaled up to make up for it."""
-    heads: Literal["shared", "own"] = "shared"
-    """Whether a spine ends at the network's head or, except the last stage's, at a fresh copy of the stage's own."""
-    rim: float = 0.0
-    """Weight of the mean loss of the rim's paths, trained end to end beside the rule; keeps short paths accurate."""
-    path: str | int | Sequence[int] | None = None
-    """The path that chain states follow; by default the whole chain."""
-    engine: Literal["auto", "loop", "batched"] = "auto"
-    """How the blocks of a level are evaluated: one by one, or stacked in one call."""
+    error: float | None = None
+    """The divergence of the stage's prediction from its target, or the label's loss / label_variance."""
+    divergence: float | None = None
+    """KL(target || prior); the stage's own loss in block scope."""
+    correction: float | None = None
+    """Norm of the change of the natural parameters from prior to target."""
+    distance: float | None = None
+    """Norm of the change of the means from prior to target."""
+    rose: float | None = None
+    """Share of samples for which divergence + error is larger at the target than at the prior: the step was too long."""
+    cosine: float | None = None
+    """Cosine between the gradient of the stage's blocks and backpropagation's on the chain."""
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if get_origin(field.type) is Literal and value not in get_args(field.type):
-                raise ValueError(f"{field.name} is one of {', '.join(get_args(field.type))}; got {value!r}")
-            if field.type is int and not isinstance(value, int):
-                raise ValueError(f"{field.name} is a whole number; got {value!r}")
-            if field.type is float and not isinstance(value, int | float):
-                raise ValueError(f"{field.name} is a number; got {value!r}")
-        sizes = [self.stage] if isinstance(self.stage, int) else self.stage
-        if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
-            raise ValueError(f"stage is a whole number, or one for every node; got {self.stage!r}")
-        if not all(isinstance(jump, nn.Module) for jump in self.jumps):
-            raise ValueError(f"jumps are modules, one per stage; got {self.jumps!r}")
-        if not callable(self.loss):
-            raise ValueError(f"loss is a function of predictions and labels; got {self.loss!r}")
-        own = self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
-        if self.credit != "exact" and any(parameter.requires_grad for parameter in own):
+
+@dataclass(repr=False)
+class Step:
+    """A training step, and what a call of a rule returns.
+
+    Work and span count block evaluations: one forward evaluation, one vector-Jacobian product for a block's input and one
+    for its parameters are a unit each; embed and head cost nothing. Parameter products hang off the chain of dependent
+    evaluations: nothing waits for them.
+    """
+
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """The sum of all losses, a scalar whose gradients are the rule's updates."""
+    label_loss: Tensor | None = None
+    """The task's own loss, a mean over the batch that reached the label in this step; a scalar without graph."""
+    work: int = 0
+    """All block evaluations of the step, those of the walk back counted in."""
+    span: int = 0
+    """The longest chain of them in which each needs the one before."""
+    defect: Tensor | None = None
+    """How far the last sweep still moved the states, ||new - old|| / ||new||; None of rules without sweeps."""
+    engine: str = "loop"
+    """How the blocks were evaluated, ``loop`` or ``batched``."""
+    look: bool = False
+    """Whether the step is only looked at, by an audit or a diagnosis: stages are evaluated apart from each other, nothing is
+    kept from it, and graphs may share what they reach."""
+    scale: Tensor | float = 1.0
+    """What the gradients of the walks back are multiplied by."""
+    batch: tuple[Any, Any] | None = None
+    """Input and labels that were learned from, where they are not those of the call."""
+    findings: list[tuple[tuple[int, ...], dict[str, Tensor]]] = field(default_factory=list)
+    """What is to be reported of n stages: fields, (n,) each, without graph."""
+
+    def count(self, evaluations: int, depth: int) -> None:
+        """Counts evaluations made at once, whose results are there at span ``depth``."""
+        self.work += evaluations
+        self.span = max(self.span, depth)
+
+    def report(self, stages: Sequence[int], **found: Tensor) -> None:
+        """Notes fields of the reports of n stages, (n,) each."""
+        self.findings.append((tuple(stages), {name: values.detach() for name, values in found.items()}))
+
+    @property
+    def reports(self) -> dict[int, Report]:
+        """A report per stage; asking waits for the device."""
+        flat = [values.double() for _, found in self.findings for values in found.values()]
+        values = iter(torch.cat(flat).tolist() if flat else [])
+        fields: dict[int, dict[str, float]] = {}
+        for stages, found in self.findings:
+            for name in found:
+                for stage in stages:
+                    fields.setdefault(stage, {})[name] = next(values)
+        return {stage: Report(**fields[stage]) for stage in sorted(fields)}
+
+    def __repr__(self) -> str:
+        return f"Step(loss={self.loss.item():.4g}, work={self.work}, span={self.span}, engine={self.engine})"
+
+
+class _AttachGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, count: int, *tensors_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors_and_gradients[count:])
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]  (the decorator hides the name ctx)
+        gradients = tuple(torch._foreach_mul(ctx.saved_tensors, grad_outputs[0]))
+        return (None, None, *gradients, *(None for _ in gradients))
+
+
+def attach_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar with the given value whose gradients in ``tensors`` are already known.
+
+    Credit walks the backward graph of an arc once, for the state and for the parameters; this hands the parameters' share
+    to the loss without a second walk.
+    """
+    return _AttachGradients.apply(value.detach(), len(tensors), *tensors, *gradients)
+
+
+class Rule(nn.Module, ABC):
+    """A training rule: a network, cut into stages, and the losses that train it.
+
+    A subclass defines ``losses`` and, if it has modules of its own for the stages, ``auxiliary``.
+
+    Args:
+        network: the network to train; it becomes a part of the rule, which an optimizer is made for.
+        stage: consecutive blocks that are trained as one, or a number for every stage, such as (2, 2, 3); None: all.
+        loss: the label's loss, one value per sample or per token.
+
+    Raises:
+        ValueError: it is no chain, or cannot be cut so.
+    """
+
+    network: Chain
+
+    trains_loss: ClassVar[bool] = True
+    """Whether a loss with parameters would be trained."""
+
+    late: ClassVar[bool] = False
+    """Whether credit comes from other steps, which no step's graph shows."""
+
+    def __init__(self, network: Chain, *, stage: int | Sequence[int] | None = 1, loss: Loss = cross_entropy) -> None:
+        super().__init__()
+        if not callable(loss):
+            raise ValueError(f"loss is a function of predictions and labels; got {loss!r}")
+        if not self.trains_loss and isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
             raise ValueError("the loss has parameters, which this rule does not train: let the head have them")
-        for name in ("step", "variance", "label_variance", "spine_share"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if min(sizes, default=0) < 1:
-            raise ValueError(f"stage must be at least 1; got {self.stage}")
-        for name in ("iterations", "sweeps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("noise", "rim", "credit_sweeps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
-        if self.tolerance is not None and not (isinstance(self.tolerance, int | float) and self.tolerance >= 0):
-            raise ValueError(f"tolerance is a number and not negative; got {self.tolerance!r}")
-        if self.spine_share > 1:
-            raise ValueError(f"spine_share is at most 1; got {self.spine_share}")
-        if self.noise and self.family != "gaussian":
-            raise ValueError("noise is for Gaussian states: it would take other families' means out of their range")
-        if self.inversion == "exact" and self.family != "gaussian":
-            raise ValueError("the exact inversion is for Gaussian states; take inversion='taylor' for other families")
-        if self.boundary == "posterior" and (self.states, self.credit) != ("tree", "arcs"):
-            raise ValueError("posterior boundaries are targets of inverted arcs in the tree: take boundary='prior'")
-        if self.credit == "exact" and self.states != "chain":
-            raise ValueError("exact credit needs the states of the chain: take states='chain'")
-        if self.states == "stream" and self.credit not in ("spine", "late"):
-            raise ValueError("stream states hold a mini-batch per stage: take credit='spine' or 'late'")
-        if self.credit == "late" and self.states != "stream":
-            raise ValueError("late credit belongs to a pipeline: take states='stream'")
-        if self.scope == "tree" and (self.states in ("scan", "stream") or self.credit == "scan"):
-            raise ValueError("scan and stream states carry no gradient across stages: take scope='triplet'")
-        for field in fields(self):
-            if getattr(self, field.name) != field.default and not self.reads(field.name):
-                readers = _READERS[field.name]
-                wanted = " or ".join(f"{option}={value!r}" for option, value in readers)
-                here = ", ".join(f"{option}={getattr(self, option)!r}" for option in dict(readers))
-                raise ValueError(f"{field.name} is for {wanted}, and does nothing with {here}")
-        if self.path is not None and not (self.states == "chain" and self.credit == "exact"):
-            raise ValueError("a path other than the whole chain can be trained by states='chain', credit='exact' only")
+        self.network = network
+        self.loss = loss
+        self.size = stage
+        self._cut: tuple[list[nn.Module], tuple[Stage, ...]] | None = None
+        self.cut()  # what cannot be cut is said at once
 
-    def reads(self, name: str) -> bool:
-        """Whether anything depends on the option of that name."""
-        return name not in _READERS or any(getattr(self, option) == value for option, value in _READERS[name])
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Views of the network's stages, which are in no state_dict: to be compiled in place (``stage.compile()``), frozen,
+        looked at. To wrap one, replace its blocks: a step that finds other modules than the last did makes stages anew."""
+        if self._cut is None:
+            self._renew()
+        assert self._cut is not None
+        return self._cut[1]
+
+    def _renew(self) -> None:
+        modules, pending = [], [*self.network.blocks]
+        while pending:  # in half of the time that modules() takes
+            modules.append(pending.pop())
+            pending += filter(None, modules[-1]._modules.values())
+        if self._cut is None or self._cut[0] != modules:
+            self._cut = modules, self.cut()
+
+    def cut(self) -> tuple[Stage, ...]:
+        """The network's stages."""
+        return cut(self.network, self.size)
+
+    @abstractmethod
+    def losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
+        """The losses of one training step, each walked back before the next is asked for.
+
+        Args:
+            x: a batch of what the network's embed takes; None if no new one enters, and what is in flight goes on.
+            y: its labels, as the loss takes them.
+            step: where the cost, and what is to be reported, is noted.
+        """
+
+    def build(self, x: Any) -> None:
+        """Makes the modules of a rule that depend on the shapes of states, as a batch of inputs gives them."""
+
+    def auxiliary(self, stage: int) -> list[nn.Module]:
+        """The rule's own modules that belong to a stage: readouts, maps, predictors."""
+        return []
+
+    def near(self, stage: int) -> list[nn.Module]:
+        """The modules beside its own that a stage's loss may reach and still be called local."""
+        return []
+
+    @final
+    def own(self, stage: int) -> list[nn.Module]:
+        """Everything that belongs to a stage, from 1 to S: its blocks and the rule's modules for it, and of the first one
+        the embed, of the last one the head; all stages together have all parameters of the rule."""
+        embed = [self.network.embed] if stage == 1 else []
+        head = [self.network.head] if stage == len(self.stages) else []
+        head += [self.loss] if head and isinstance(self.loss, nn.Module) else []
+        return [*embed, *self.stages[stage - 1].blocks, *self.auxiliary(stage), *head]
+
+    @final
+    def forward(self, x: Any, y: Any) -> Step:
+        """One training step up to the loss, which has the gradients of the whole step attached.
+
+        Without gradients (``torch.no_grad()``) the loss alone, and nothing is kept of the step; in evaluation mode nothing
+        is kept either.
+
+        Args:
+            x, y: a batch, as for ``losses``.
+
+        Raises:
+            ValueError: a block returns no state, or a label is outside the classes.
+        """
+        if not torch.is_grad_enabled():
+            with torch.enable_grad(), evaluating(self):
+                step = self._taken(x, y, lambda loss: None, Step())
+            step.loss = step.loss.detach()
+            return step
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        gradients: dict[Tensor, Tensor] = {}
+
+        def walk(loss: StageLoss) -> None:
+            _add(gradients, _gradients(loss, parameters))
+
+        step = self._taken(x, y, walk, Step())
+        if (
+            not gradients
+        ):  # a pipeline still fills: a step that moves nothing, whose loss can be walked back all the same
+            gradients[step.loss.new_zeros(()).requires_grad_()] = step.loss.new_zeros(())
+        step.loss = attach_gradients(step.loss, list(gradients), list(gradients.values()))
+        return step
+
+    @final
+    def backward(self, x: Any, y: Any, scale: Tensor | float = 1.0) -> Step:
+        """One training step whose gradients are added to ``.grad`` as they come: no graph, and no gradient beside those, is
+        held for longer than its stage needs.
+
+        Args:
+            x, y: a batch, as for ``losses``.
+            scale: what gradients are multiplied by, as a loss would be by a GradScaler or for an accumulation.
+
+        Raises:
+            ValueError: as ``forward``; or several processes train together, whose gradients nothing would reduce.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "rule.backward does not average gradients over processes: wrap the rule, as in "
+                "DistributedDataParallel(rule, find_unused_parameters=True), and call that"
+            )
+
+        def walk(loss: StageLoss) -> None:
+            if loss.value.requires_grad:  # what was gathered has been scaled when it was
+                (loss.value if loss.gathered else loss.value * scale).backward()
+
+        return self._taken(x, y, walk, Step(scale=scale))
+
+    def _taken(self, x: Any, y: Any, walk: Callable[[StageLoss], None], step: Step) -> Step:
+        """A whole step, whose losses are walked back by ``walk``."""
+        self._renew()
+        carries = list(self.carries().values())
+        for carry in carries:
+            carry.begin()
+        total: Tensor | None = None
+        for loss in self.losses(x, y, step):
+            total = loss.value.detach() if total is None else total + loss.value.detach()
+            walk(loss)
+            del loss  # with all that its graph holds
+        if self.training and not step.look:
+            for carry in carries:
+                carry.complete()
+        if total is not None:
+            step.loss = total
+        return step
+
+    def diagnose(self, x: Any, y: Any) -> dict[int, Report]:
+        """The reports of one batch with everything in them, ``cosine`` among it; costs about two steps.
+
+        No gradient is left behind, no trace in running statistics, and what is kept from step to step stays as it was. A
+        rule whose credit comes from other steps has no reports: it has no gradients of the batch at hand.
+        """
+        if self.late:
+            return {}
+        gradients: dict[Tensor, Tensor] = {}
+        parameters = [p for p in self.parameters() if p.requires_grad]
+
+        def walk(loss: StageLoss) -> None:
+            _add(gradients, _gradients(loss, parameters, retain_graph=True))
+
+        with torch.enable_grad(), evaluating(self):
+            step = self._taken(x, y, walk, Step(look=True))
+            x, y = step.batch or (x, y)
+            exact = mean_loss(self.loss, self.network(x), y)
+        owned = {k: [p for p in stage.parameters() if p.requires_grad] for k, stage in enumerate(self.stages, 1)}
+        for k, cosine in _cosines(gradients, exact, owned).items():
+            step.report([k], cosine=cosine.unsqueeze(0))
+        return step.reports
+
+    @property
+    def readouts(self) -> list[Readout]:
+        """The ways of reading the network that are measured of it, the chain first."""
+        return self.network.readouts
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The network's parts by what messages call them, in the order of the chain."""
+        stages = {f"stage {k}": stage for k, stage in enumerate(self.stages, 1)}
+        return {"the embed": self.network.embed, **stages, "the head": self.network.head}
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether there are mini-batches from which some stage is still to learn.
+
+        When no new one is to enter, ``rule.backward(None, None)`` moves them on.
+        """
+        return False
+
+    def carries(self) -> Mapping[str, Carry]:
+        """What is kept from step to step, by name."""
+        return {}
+
+    @final
+    def carry(self) -> dict[str, Any]:
+        """A nest of what is kept from step to step, for checkpoints; it is no part of the state_dict."""
+        kept = {name: carry.nest for name, carry in self.carries().items() if carry.nest is not None}
+        return {"stages": [len(stage.blocks) for stage in self.stages], "kept": own_copy(kept)} if kept else {}
+
+    @final
+    def load_carry(self, state: Mapping[str, Any]) -> None:
+        """Takes up what ``carry`` gave.
+
+        Raises:
+            ValueError: it is of other stages, or of another rule.
+        """
+        kept, sizes = state.get("kept", {}), [len(stage.blocks) for stage in self.stages]
+        if kept and state["stages"] != sizes:
+            there, here = (", ".join(map(str, listed)) for listed in (state["stages"], sizes))
+            raise ValueError(
+                f"what was kept is of stages of {there} blocks, and the network is cut into stages of {here}: take the same "
+                "stage=, or go on without it"
+            )
+        carries = self.carries()
+        if unknown := set(kept) - set(carries):
+            raise ValueError(
+                f"what was kept is of another rule: this one keeps nothing as {', '.join(sorted(unknown))}"
+            )
+        for name, carry in carries.items():
+            # Copies: tensors in a file's memory lie unaligned, on which kernels round otherwise.
+            carry.nest = own_copy(kept.get(name))
+
+    @final
+    def reset(self) -> None:
+        """Forgets what is kept from step to step, such as mini-batches on their way: the rule is ready for batches of
+        another size."""
+        for carry in self.carries().values():
+            carry.nest = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for carry in self.carries().values():
+            carry.nest = map_tensors(fn, carry.nest)
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Stages are views, made again where they are needed.
+        return {**self.__dict__, "_cut": None}
 
 
-_READERS: dict[str, tuple[tuple[str, str], ...]] = {
-    "inversion": (("credit", "arcs"), ("scope", "block")),
-    "noise": (("credit", "arcs"), ("scope", "block")),
-    "sweeps": (("states", "scan"),),
-    "credit_sweeps": (("credit", "scan"),),
-    "tolerance": (("states", "scan"), ("credit", "scan")),
-    "guess": (("states", "scan"),),
-    "jumps": (("guess", "tree"), ("guess", "star")),
-    "coarse": (("states", "scan"), ("credit", "scan")),
-    "spine": (("credit", "spine"),),
-    "spine_share": (("credit", "spine"),),
-    "heads": (("credit", "spine"),),
-}
-"""Options that not every rule reads, each with the choices that do."""
+def _gradients(loss: StageLoss, parameters: Sequence[Tensor], retain_graph: bool = False) -> dict[Tensor, Tensor]:
+    """The gradients of the parameters that a loss reaches; those of its leaves are added to their ``.grad``."""
+    if not loss.value.requires_grad:
+        return {}
+    wanted = [*parameters, *loss.leaves]
+    found = torch.autograd.grad(loss.value, wanted, allow_unused=True, retain_graph=retain_graph)
+    for leaf, gradient in zip(loss.leaves, found[len(parameters) :], strict=True):
+        if gradient is not None:
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+    return {p: g for p, g in zip(parameters, found, strict=False) if g is not None}
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "tree": {"boundary": "prior", "scope": "triplet"},
-    "scan": {"states": "scan", "boundary": "prior", "credit": "scan", "scope": "triplet"},
-    "stream": {"states": "stream", "boundary": "prior", "credit": "spine", "scope": "triplet"},
-    "pipeline": {"states": "stream", "boundary": "prior", "credit": "late", "scope": "triplet"},
-    "bp": {"states": "chain", "boundary": "prior", "credit": "exact", "scope": "tree", "engine": "loop"},
-}
-"""The named rules: HBLL as published, its variant without leaks from the label, the two whose chain is accurate at full
-depth, the asynchronous pipeline, and backpropagation."""
+def _add(sums: dict[Tensor, Tensor], found: Mapping[Tensor, Tensor]) -> None:
+    for tensor, gradient in found.items():
+        sums[tensor] = sums[tensor] + gradient if tensor in sums else gradient
 
 
-def make_rule(name: str, options: dict[str, Any]) -> Rule:
-    """The preset of that name with some of its options replaced.
+def _cosines(ours: Mapping[Tensor, Tensor], exact: Tensor, owned: Mapping[int, Sequence[Tensor]]) -> dict[int, Tensor]:
+    """The cosine between gradients and those of an exact loss, for every stage with trainable parameters."""
+    flat = [p for parameters in owned.values() for p in parameters]
+    if not flat:
+        return {}
+    found = torch.autograd.grad(exact, flat, materialize_grads=True)
+    exactly = dict(zip(flat, found, strict=True))
 
-    Raises:
-        ValueError: an unknown preset, option or value; the message names the nearest one.
-    """
-    known = [field.name for field in fields(Rule)]
-    check_known(name, PRESETS, "rule")
-    for option in options:
-        check_known(option, known, "option")
-    return Rule(**{**PRESETS[name], **options})
+    def joined(gradients: Mapping[Tensor, Tensor], parameters: Sequence[Tensor]) -> Tensor:
+        return torch.cat([gradients.get(p, torch.zeros_like(p)).flatten() for p in parameters])
+
+    return {
+        k: torch.cosine_similarity(joined(ours, parameters), joined(exactly, parameters), dim=0)
+        for k, parameters in owned.items()
+        if parameters
+    }

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hbll.recipes import RECIPES
-from hbll.training import metrics
-from hbll.training.evaluate import evaluate_run
-from hbll.training.loop import train
-from hbll.training.run import Run
+from hbll.train import metrics
+from hbll.train.evaluate import evaluate_run
+from hbll.train.loop import train
+from hbll.train.run import Run
 
 Recipe = RECIPES["cifar10-vgg"]
 SMALL = Recipe(width=4, epochs=1, train_samples=90, batch_size=30)
@@ -26,7 +26,7 @@ def test_a_run_is_trained_and_evaluated(small_data, tmp_path, method):
     (line,) = metrics.read(run.metrics_file)
     assert evaluate_run(run.folder) == line.paths
     assert line.paths[0]["path"] == "chain"
-    assert line.paths[0]["blocks"] == Recipe.layers == len(SMALL.network()) - 1
+    assert line.paths[0]["blocks"] == Recipe.layers == len(SMALL.network().blocks)
     assert len(line.nodes) == (1 if method == "bp" else Recipe.layers)
 
 

@@ -12,13 +12,15 @@ DIGITS, MNIST = RECIPES["digits"], RECIPES["mnist-mlp"]
 
 def test_recipes_go_by_their_names():
     assert all(recipe.name == name for name, recipe in RECIPES.items())
+    assert list(RECIPES) == sorted(RECIPES)
     assert all(recipe.__doc__ for recipe in RECIPES.values())
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values())
 def test_every_recipe_has_the_common_options(recipe):
     names = {field.name for field in fields(recipe)}
-    assert names >= {"depth", "blocks", "width", "epochs", "batch_size", "learning_rate", "schedule", "train_samples"}
+    assert names >= {"depth", "blocks", "width", "epochs", "batch_size", "train_samples"}
+    assert names >= {"optimizer", "learning_rate", "schedule", "weight_decay", "gradient_clip"}
 
 
 @given(st.integers(1, 12))

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from hbll.recipes import RECIPES
-from hbll.recurrent import METHODS
-from hbll.training.evaluate import evaluate_run
-from hbll.training.loop import train
-from hbll.training.run import Run
+from hbll.recurrent import RULES
+from hbll.train.evaluate import evaluate_run
+from hbll.train.loop import train
+from hbll.train.run import Run
 
 Recipe = RECIPES["sequential-mnist"]
 
@@ -31,35 +31,38 @@ def test_permuted_pixels_are_the_same_ones_in_one_order():
     assert Recipe(depth=4, permuted=True).sequences(images).flatten(1).equal(found)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RULES)
 def test_every_method_learns(method):
     recipe = Recipe(depth=3, width=8)
     torch.manual_seed(0)
     network = recipe.initial_network(0)
-    rule = recipe.objective(method)
     x, y = recipe.sequences(torch.rand(32, 784)), torch.randint(10, (32,))
-    optimizer = torch.optim.AdamW([*network.parameters(), *rule.parameters()], lr=1e-2)
+    rule = recipe.rule(method, network, x)
+    optimizer = torch.optim.AdamW(rule.parameters(), lr=1e-2)
     before = torch.nn.functional.cross_entropy(network(x), y).item()
     for _ in range(40):
         optimizer.zero_grad()
-        rule(network, x, y).loss.backward()
+        rule(x, y).loss.backward()
         optimizer.step()
     path = "tree" if method == "paper" else "chain"
     assert torch.nn.functional.cross_entropy(network(x, path=path), y).item() < before
 
 
 def test_methods_that_do_not_exist():
-    with pytest.raises(ValueError, match="unknown method 'bp'; recurrent networks are trained by hbll, paper"):
-        Recipe(depth=2).objective("bp")
-    with pytest.raises(ValueError, match="no recurrent network like Elman"):
-        Recipe(depth=2, cell="elman").objective("bptt-fused")
+    for cell, method, message in (
+        ("gru", "bp", "unknown rule"),
+        ("elman", "bptt-fused", "no recurrent network like Elman"),
+    ):
+        recipe = Recipe(depth=2, width=4, cell=cell)
+        with pytest.raises(ValueError, match=message):
+            recipe.rule(method, recipe.network(), torch.zeros(1, 4, 196))
 
 
 def test_the_initial_network_is_the_same_for_every_method():
     recipe = Recipe(depth=2, width=8)
-    first = recipe.initial_network(3).state_dict()
-    recipe.objective("hbll")
-    again = recipe.initial_network(3).state_dict()
+    first = recipe.initial_network(3)
+    recipe.rule("hbll", first, torch.zeros(1, 4, 196))
+    first, again = first.state_dict(), recipe.initial_network(3).state_dict()
     assert all(first[name].equal(again[name]) for name in first)
 
 

@@ -31,7 +31,7 @@ def problem(cell_name) -> Callable[..., tuple[RecurrentNetwork, Tensor, Tensor]]
     def make(length: int, every_step: bool = False) -> tuple[RecurrentNetwork, Tensor, Tensor]:
         depths = max(1, (length - 1).bit_length())
         cells = DepthCells(CELLS[cell_name], INPUTS, WIDTH, depths)
-        network = RecurrentNetwork(cells, nn.Linear(WIDTH, CLASSES), every_step)
+        network = RecurrentNetwork(cells, nn.Linear(WIDTH, CLASSES), every_step, length=length)
         y = torch.randint(CLASSES, (BATCH, length) if every_step else (BATCH,))
         return network, torch.randn(BATCH, length, INPUTS), y
 

@@ -53,10 +53,11 @@ class Operations(TorchDispatchMode):
         return result
 
 
-def counted(rule, network, x, y) -> int:
+def counted(rule, x, y) -> int:
     """Operations of a step's products, but for those of the input map and of the head."""
     with Operations() as operations:
-        rule(network, x, y).loss.backward()
+        rule.backward(x, y)
+    network = rule.network
     samples, length, _ = x.shape
     labels = length if network.every_step else 1
     apart = 2 * network.cell.weight_ih.numel() * length + 3 * network.head.weight.numel() * labels
@@ -73,12 +74,12 @@ def test_the_operations_of_a_scan(kind, length, chunk, sweeps, credit_sweeps, ra
     options |= {"radix": radix, "shared": shared}
     x, y = torch.randn(4, length, 2), torch.zeros(4, length, dtype=torch.long)
     cost = scan_cost(length, **options, every_step=every_step)
-    found = counted(ScanRule(network, length, **options), network, x, y if every_step else y[:, 0])
+    found = counted(ScanRule(network, length, **options), x, y if every_step else y[:, 0])
     assert found == cost.flops(4, 5, network.cell.gates)
 
 
 def test_the_operations_of_backpropagation():
     network = RecurrentNetwork(DepthCells(CELLS["gru"], 2, 5, 1), nn.Linear(5, 3))
-    found = counted(Backpropagation(), network, torch.randn(4, 8, 2), torch.zeros(4, dtype=torch.long))
+    found = counted(Backpropagation(network), torch.randn(4, 8, 2), torch.zeros(4, dtype=torch.long))
     # Nobody asks for the gradient in the state before the first step.
     assert found == backpropagation_cost(8).flops(4, 5, 3) - 2 * 4 * network.cell.weight_hh.numel()

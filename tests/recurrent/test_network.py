@@ -41,9 +41,15 @@ def test_streaming_in_pieces_is_the_chain(problem):
     torch.testing.assert_close(state, last)
 
 
+def test_a_list_of_two_is_a_pair(problem):
+    network, x, _ = problem(5)
+    lengths = torch.tensor([5, 1, 2, 3])
+    assert network([x, lengths]).equal(network((x, lengths)))
+
+
 def test_streams_of_unequal_length_keep_their_state_over_padding(problem):
     network, x, _ = problem(6)
-    hidden, last = network.unroll(x, lengths=torch.tensor([6, 2, 6, 2]))
+    hidden, last = network.unroll((x, torch.tensor([6, 2, 6, 2])))
     for sequence, begin in ((0, 0), (1, 4)):
         alone, end = network.unroll(x[sequence : sequence + 1, begin:])
         torch.testing.assert_close(hidden[sequence, begin:], alone[0])
@@ -87,7 +93,7 @@ def test_padding_changes_nothing(problem, path):
     lengths = torch.tensor([8, 4, 8, 4])
     padded = x.clone()
     padded[lengths == 4, :4] = 99.0
-    found = network(padded, path=path, lengths=lengths)
+    found = network((padded, lengths), path=path)
     torch.testing.assert_close(found[lengths == 8], network(x[lengths == 8], path=path))
     # The right half of a tree over 8 is a tree over 4, entered from node 4.
     torch.testing.assert_close(found[lengths == 4], network(x[lengths == 4, 4:], path=path))
@@ -184,7 +190,13 @@ class TestBadInput:
         network = RecurrentNetwork(DepthCells(GRU, 2, 3, 2), nn.Linear(3, 2))
         for lengths in ([0, 3], [1, 6], [1]):
             with pytest.raises(ValueError, match="each from 1 to 5"):
-                network(torch.zeros(2, 5, 2), lengths=torch.tensor(lengths))
+                network((torch.zeros(2, 5, 2), torch.tensor(lengths)))
+
+    def test_batches(self):
+        network, x = RecurrentNetwork(DepthCells(GRU, 2, 3, 2), nn.Linear(3, 2)), torch.zeros(2, 5, 2)
+        for batch in ((x,), (x, [5, 5]), x.numpy()):
+            with pytest.raises(ValueError, match="or a pair of them and their lengths; got a"):
+                network(batch)
 
     def test_paths(self):
         network = RecurrentNetwork(DepthCells(GRU, 2, 3, 1), nn.Linear(3, 2))

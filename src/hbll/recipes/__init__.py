@@ -1,27 +1,35 @@
 """Recipes: a data set, a network and the options to train it with, by name.
 
-A new recipe is one file here with one subclass of `Recipe` that has a name, most often of `TreeRecipe`; it is found by
-itself.
+A new recipe is one file here with one subclass of `Recipe`, most often of `ChainRecipe`, and a line in the table.
 """
 
-from collections.abc import Iterator
-from importlib import import_module
-from pkgutil import iter_modules
+from collections.abc import Mapping
 
 from hbll.recipes.base import Recipe, Schedule, flag
+from hbll.recipes.char_rnn import CharRnn
+from hbll.recipes.cifar10_conv import Cifar10Conv
+from hbll.recipes.cifar10_resnet import Cifar10Resnet
+from hbll.recipes.cifar10_vgg import Cifar10Vgg
+from hbll.recipes.digits import Digits
 from hbll.recipes.measures import Measure
-
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
-
-
-def _named(kind: type[Recipe]) -> Iterator[type[Recipe]]:
-    for recipe in kind.__subclasses__():
-        if "name" in vars(recipe):
-            yield recipe
-        yield from _named(recipe)
-
-
-RECIPES: dict[str, type[Recipe]] = dict(sorted((recipe.name, recipe) for recipe in _named(Recipe)))
+from hbll.recipes.mnist_mlp import MnistMlp
+from hbll.recipes.mnist_normed_mlp import MnistNormedMlp
+from hbll.recipes.sequential_mnist import SequentialMnist
+from hbll.recipes.shakespeare_gpt import ShakespeareGpt
 
 __all__ = ["RECIPES", "Measure", "Recipe", "Schedule", "flag"]
+
+RECIPES: Mapping[str, type[Recipe]] = {
+    recipe.name: recipe
+    for recipe in (
+        CharRnn,
+        Cifar10Conv,
+        Cifar10Resnet,
+        Cifar10Vgg,
+        Digits,
+        MnistMlp,
+        MnistNormedMlp,
+        SequentialMnist,
+        ShakespeareGpt,
+    )
+}

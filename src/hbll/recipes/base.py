@@ -1,18 +1,26 @@
-"""What every recipe is: its options, its data, its network, its training rule."""
+"""What recipes are made of: the options that all have, those of rules for chains, those of networks of others' papers."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hbll.cut import even
 from hbll.data import Splits
-from hbll.protocols import Network, TrainingRule
+from hbll.names import check_known
+from hbll.network import Chain, Readout
 from hbll.recipes.measures import ACCURACY, Measure
+from hbll.rule import Rule
+from hbll.rules import RULES, make_rule, options_of
+from hbll.rules.backprop import Backpropagation
+from hbll.rules.local import LocalRule
+from hbll.rules.pipeline import Pipeline
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -49,14 +57,17 @@ class Recipe(ABC):
     batch_size: int = 64
     """Samples of a step. What an epoch leaves over, fewer than that, waits for the next: rules may keep batches."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What moves the weights: adamw; or muon the matrices inside blocks, and adamw the rest at the same rate and decay."""
+
     learning_rate: float = 1e-3
-    """AdamW's, at its highest."""
+    """The optimizer's, at its highest."""
 
     schedule: Schedule = "constant"
     """How the learning rate goes on over the steps: as it is, down to 0 in a straight line, or along a cosine."""
 
     weight_decay: float = 0.01
-    """AdamW's."""
+    """The optimizer's."""
 
     gradient_clip: float | None = None
     """Norm that the gradients of the network, and those of the rule's own weights, are each cut down to."""
@@ -95,7 +106,7 @@ class Recipe(ABC):
             raise ValueError(f"--batch-size {self.batch_size} is more than the {len(splits.train)} training samples")
         return splits
 
-    def initial_network(self, seed: int) -> Network:
+    def initial_network(self, seed: int) -> nn.Module:
         """The network before training; the same for every method, so that methods differ in nothing else."""
         torch.manual_seed(seed)
         return self.network()
@@ -108,24 +119,163 @@ class Recipe(ABC):
         """Whether a training rule depends on an option, which may be there for other rules."""
         return True
 
-    def check_read(self, methods: Sequence[str]) -> None:
-        """ValueError for an option that was given and that none of these methods reads."""
+    def check(self, methods: Sequence[str]) -> None:
+        """ValueError unless all of these methods can train the network, and one of them reads each option that was given."""
+        network = self.initial_network(0)
+        for method in methods:
+            self.rule(method, network, None)
         for field in fields(self):
             given = getattr(self, field.name) != field.default
             if given and not any(self.reads(method, field.name) for method in methods):
                 raise ValueError(f"{flag(field.name)} does nothing for {', '.join(methods)}: leave it out")
 
+    def readouts(self, rule: Rule) -> list[Readout]:
+        """The ways of reading a trained network that are measured, the chain first."""
+        return rule.readouts
+
+    def other_readout(self, rule: Rule, name: str) -> Readout:
+        """A readout beside those, by a user's name for it; ValueError when there is none like it."""
+        return rule.network.readout(name)
+
     @abstractmethod
-    def objective(self, method: str) -> TrainingRule:
-        """The training rule of that name; ValueError when there is none."""
+    def rule(self, method: str, network: Any, example: Any) -> Rule:
+        """The training rule of that name for the recipe's network; ValueError when there is none.
+
+        `example` is a batch of inputs, by which rules see the shapes of states; None if the rule is not to train yet.
+        """
 
     @abstractmethod
     def load(self, data_dir: Path | None) -> Splits:
         """The whole data set."""
 
     @abstractmethod
-    def network(self) -> Network:
+    def network(self) -> nn.Module:
         """A network with newly drawn weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainRecipe(Recipe):
+    """A recipe whose network is a chain of blocks, with options of the training rule that a user may choose."""
+
+    suited: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Options of rules, by method, that suit the states of the recipe's network better than the rules' own."""
+
+    stage: int | tuple[int, ...] | None = None
+    """Consecutive blocks that are trained as one, evaluated one after the other, or a number for each stage: 3 4 (the
+    method's own number: 1)."""
+
+    cuts: int | None = None
+    """Stages that the network is cut into for local rules such as bll, of about as many blocks each, instead of --stage."""
+
+    sweeps: int | None = None
+    """Of the method scan: evaluations of all stages that correct its guess of the states (its own number: 3)."""
+
+    credit_sweeps: int | None = None
+    """Of the method scan: products that carry the head's gradient back, from all stages at once (its own number: 3)."""
+
+    tolerance: float | None = None
+    """Of the method scan: end its sweeps as soon as one changes states or credit by less than this share of their norm; the
+    numbers of sweeps are then the most (the method's own: none)."""
+
+    rim: float | None = None
+    """Weight of the mean loss of the rim's paths, which keeps short paths accurate (the method's own: 0)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stage is not None and self.cuts is not None:
+            raise ValueError("give --stage or --cuts, not both")
+        for option, value in self.chosen().items():
+            least = 1 if option in ("stage", "cuts", "sweeps") else 0
+            for number in value if isinstance(value, tuple) else [value]:
+                if not least <= number < math.inf:
+                    finite = " and finite" if option in ("tolerance", "rim") else ""
+                    raise ValueError(f"{flag(option)} must be at least {least}{finite}, not {number}")
+
+    def chosen(self) -> dict[str, Any]:
+        """The rule's options that were given."""
+        given = {option: getattr(self, option) for option in RULE_OPTIONS}
+        return {option: value for option, value in given.items() if value is not None}
+
+    def reads(self, method: str, option: str) -> bool:
+        kind = RULES[check_known(method, RULES, "rule")]
+        if option == "cuts":
+            return issubclass(kind, LocalRule)
+        return option not in RULE_OPTIONS or option in options_of(method)
+
+    def rule(self, method: str, network: Chain, example: Any) -> Rule:
+        options = {option: value for option, value in self.chosen().items() if self.reads(method, option)}
+        if "cuts" in options:
+            options["stage"] = even(network, options.pop("cuts"))
+        return make_rule(method, network, example, **self.suited.get(method, {}), **options)
+
+
+RULE_OPTIONS = ("stage", "cuts", "sweeps", "credit_sweeps", "tolerance", "rim")
+"""Those options of a chain's recipe that its rule reads."""
+
+ANY_SHAPE = tuple(name for name, kind in RULES.items() if issubclass(kind, (Backpropagation, Pipeline, LocalRule)))
+"""The rules for states that change shape from block to block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredRecipe(ChainRecipe):
+    """A recipe whose network has its own number of layers, between which states change shape."""
+
+    methods: ClassVar[tuple[str, ...]] = ("bll", "bp")
+
+    layers: ClassVar[int]
+    """Layers before the head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth is not None or self.blocks is not None:
+            raise ValueError(f"{self.name} has its own number of layers: leave out --depth and --blocks")
+
+    @property
+    def block_count(self) -> int:
+        return self.layers
+
+    def reads(self, method: str, option: str) -> bool:
+        return option != "rim" and super().reads(method, option)  # the rim calls blocks out of order
+
+    def rule(self, method: str, network: Chain, example: Any) -> Rule:
+        if check_known(method, RULES, "rule") not in ANY_SHAPE:
+            raise ValueError(
+                f"the states of {self.name} change shape, which {method} is not for: take one of {', '.join(ANY_SHAPE)}"
+            )
+        return super().rule(method, network, example)
+
+    def readouts(self, rule: Rule) -> list[Readout]:
+        """The chain, and other ways along it: there is no other path."""
+        chain, *others = rule.readouts
+        return [replace(chain, name="chain"), *(readout for readout in others if readout.path == chain.path)]
+
+    def other_readout(self, rule: Rule, name: str) -> Readout:
+        raise ValueError(f"{name!r} is not a path: states change shape, and there is one, the chain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredsimRecipe(Recipe):
+    """The tuning of Nøkland & Eidnes (arXiv 1901.06656), with a cosine in place of its four steps of the learning rate."""
+
+    dropout: float
+    """Share of a layer's inputs that is dropped, except of the first one's."""
+
+    batch_size: int = 128
+    """Samples of a step. What an epoch leaves over, fewer than that, waits for the next: rules may keep batches."""
+
+    learning_rate: float = 5e-4
+    """The optimizer's, at its highest."""
+
+    schedule: Schedule = "cosine"
+    """How the learning rate goes on over the steps: as it is, down to 0 in a straight line, or along a cosine."""
+
+    weight_decay: float = 0.0
+    """The optimizer's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must be at least 0 and less than 1, not {self.dropout}")
 
 
 def flag(option: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from hbll.data import Splits
 from hbll.data.text import CHARACTERS, next_characters, tiny_shakespeare
@@ -60,5 +60,5 @@ class CharRnn(Recipe):
             length=self.length,
         )
 
-    def objective(self, method: str) -> RecurrentRule:
-        return make_rule(method, self.network(), self.length)
+    def rule(self, method: str, network: RecurrentNetwork, example: Tensor) -> RecurrentRule:
+        return make_rule(method, network)

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
-from hbll.network import TreeNetwork
+from hbll.network import Chain
+from hbll.recipes.base import ChainRecipe
 from hbll.recipes.cifar10_images import Cifar10Images
-from hbll.recipes.tree_recipe import TreeRecipe
 
 CLASSES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10Conv(Cifar10Images, TreeRecipe):
+class Cifar10Conv(Cifar10Images, ChainRecipe):
     """ConvNeXt-like blocks on patches of 4 x 4 pixels of CIFAR-10, whose images are shifted and mirrored at random."""
 
     name: ClassVar[str] = "cifar10-conv"
@@ -25,13 +25,13 @@ class Cifar10Conv(Cifar10Images, TreeRecipe):
     """Passes over the training samples."""
 
     learning_rate: float = 8e-3
-    """AdamW's, at its highest."""
+    """The optimizer's, at its highest."""
 
     gradient_clip: float | None = 1.0
     """Norm that the gradients of the network, and those of the rule's own weights, are each cut down to."""
 
-    def network(self) -> TreeNetwork:
-        return TreeNetwork(
+    def network(self) -> Chain:
+        return Chain(
             embed=patch_embed(self.width),
             blocks=[ConvBlock(self.width) for _ in range(self.block_count)],
             head=ConvHead(self.width, CLASSES),

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hbll.cuts import SequentialNetwork
+from torch import nn
+
 from hbll.models.resnet import resnet18
+from hbll.network import Chain
+from hbll.recipes.base import LayeredRecipe
 from hbll.recipes.cifar10_images import Cifar10Images
-from hbll.recipes.cut_recipe import PlainRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10Resnet(Cifar10Images, PlainRecipe):
+class Cifar10Resnet(Cifar10Images, LayeredRecipe):
     """ResNet-18 with a 3 x 3 stem on CIFAR-10, whose states change shape, for bp and local rules."""
 
     name: ClassVar[str] = "cifar10-resnet"
@@ -22,5 +24,6 @@ class Cifar10Resnet(Cifar10Images, PlainRecipe):
     epochs: int = 200
     """Passes over the training samples."""
 
-    def network(self) -> SequentialNetwork:
-        return SequentialNetwork(*resnet18(self.width))
+    def network(self) -> Chain:
+        *layers, head = resnet18(self.width)
+        return Chain(embed=nn.Identity(), blocks=layers, head=head)

@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hbll.cuts import SequentialNetwork
+from torch import nn
+
 from hbll.models.vgg import vgg8b
+from hbll.network import Chain
+from hbll.recipes.base import LayeredRecipe, PredsimRecipe
 from hbll.recipes.cifar10_images import Cifar10Images
-from hbll.recipes.cut_recipe import PlainRecipe
-from hbll.recipes.predsim_recipe import PredsimRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10Vgg(PredsimRecipe, Cifar10Images, PlainRecipe):
+class Cifar10Vgg(PredsimRecipe, Cifar10Images, LayeredRecipe):
     """VGG8b on CIFAR-10, for bp and the rules of networks cut into blocks (predsim 5.58 % error, bp 5.99)."""
 
     name: ClassVar[str] = "cifar10-vgg"
@@ -26,5 +27,6 @@ class Cifar10Vgg(PredsimRecipe, Cifar10Images, PlainRecipe):
     epochs: int = 400
     """Passes over the training samples."""
 
-    def network(self) -> SequentialNetwork:
-        return SequentialNetwork(*vgg8b(32, width=self.width, dropout=self.dropout))
+    def network(self) -> Chain:
+        *layers, head = vgg8b(32, width=self.width, dropout=self.dropout)
+        return Chain(embed=nn.Identity(), blocks=layers, head=head)

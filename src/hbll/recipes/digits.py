@@ -9,12 +9,12 @@ from torch import nn
 from hbll import data
 from hbll.data import Splits
 from hbll.models.mlp import SkipBlock
-from hbll.network import TreeNetwork
-from hbll.recipes.tree_recipe import TreeRecipe
+from hbll.network import Chain
+from hbll.recipes.base import ChainRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits(TreeRecipe):
+class Digits(ChainRecipe):
     """ReLU blocks with a skip on scikit-learn's bundled digits (needs no download)."""
 
     name: ClassVar[str] = "digits"
@@ -27,13 +27,13 @@ class Digits(TreeRecipe):
     """Passes over the training samples."""
 
     learning_rate: float = 2e-3
-    """AdamW's, at its highest."""
+    """The optimizer's, at its highest."""
 
     def load(self, data_dir: Path | None) -> Splits:
         return data.digits()
 
-    def network(self) -> TreeNetwork:
-        return TreeNetwork(
+    def network(self) -> Chain:
+        return Chain(
             embed=nn.Linear(64, self.width),
             blocks=[SkipBlock(self.width) for _ in range(self.block_count)],
             head=nn.Linear(self.width, 10),

@@ -11,16 +11,15 @@ from hbll import data
 from hbll.data import Splits
 from hbll.data.augment import shift
 from hbll.models.mlp import normed_layer
-from hbll.network import TreeNetwork
-from hbll.recipes.predsim_recipe import PredsimRecipe
-from hbll.recipes.tree_recipe import TreeRecipe
+from hbll.network import Chain
+from hbll.recipes.base import ChainRecipe, PredsimRecipe
 
 MARGIN = 2
 """Pixels that a training image is moved by at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MnistNormedMlp(PredsimRecipe, TreeRecipe):
+class MnistNormedMlp(PredsimRecipe, ChainRecipe):
     """Normed leaky ReLU layers on MNIST, moved by up to 2 pixels (predsim's network: 0.62 % error, 0.75 by bp)."""
 
     name: ClassVar[str] = "mnist-normed-mlp"
@@ -46,8 +45,8 @@ class MnistNormedMlp(PredsimRecipe, TreeRecipe):
     def augment(self, inputs: Tensor, draw: np.random.Generator) -> Tensor:
         return shift(inputs.view(-1, 1, 28, 28), draw, MARGIN).flatten(1)
 
-    def network(self) -> TreeNetwork:
-        return TreeNetwork(
+    def network(self) -> Chain:
+        return Chain(
             embed=normed_layer(784, self.width),
             blocks=[self._after_dropout(*normed_layer(self.width, self.width)) for _ in range(self.block_count)],
             head=self._after_dropout(nn.Linear(self.width, 10)),

@@ -76,5 +76,5 @@ class SequentialMnist(Recipe):
             length=self.length,
         )
 
-    def objective(self, method: str) -> RecurrentRule:
-        return make_rule(method, self.network(), self.length)
+    def rule(self, method: str, network: RecurrentNetwork, example: Tensor) -> RecurrentRule:
+        return make_rule(method, network)

@@ -7,14 +7,13 @@ from typing import ClassVar
 from hbll.data import Splits
 from hbll.data.text import CHARACTERS, next_characters, tiny_shakespeare
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
-from hbll.network import TreeNetwork
-from hbll.recipes.base import Schedule
+from hbll.network import Chain
+from hbll.recipes.base import ChainRecipe, Schedule
 from hbll.recipes.measures import CHARACTER_MEASURES, Measure
-from hbll.recipes.tree_recipe import TreeRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShakespeareGpt(TreeRecipe):
+class ShakespeareGpt(ChainRecipe):
     """Causal transformer blocks on tiny Shakespeare, character by character."""
 
     name: ClassVar[str] = "shakespeare-gpt"
@@ -31,7 +30,7 @@ class ShakespeareGpt(TreeRecipe):
     """Passes over the training samples."""
 
     learning_rate: float = 4e-3
-    """AdamW's, at its highest."""
+    """The optimizer's, at its highest."""
 
     schedule: Schedule = "cosine"
     """How the learning rate goes on over the steps: as it is, down to 0 in a straight line, or along a cosine."""
@@ -54,8 +53,8 @@ class ShakespeareGpt(TreeRecipe):
     def load(self, data_dir: Path | None) -> Splits:
         return next_characters(tiny_shakespeare(data_dir), self.context)
 
-    def network(self) -> TreeNetwork:
-        return TreeNetwork(
+    def network(self) -> Chain:
+        return Chain(
             embed=GPTEmbed(CHARACTERS, self.context, self.width),
             blocks=[GPTBlock(self.width, self.heads, depth=self.block_count) for _ in range(self.block_count)],
             head=GPTHead(CHARACTERS, self.width),

@@ -7,7 +7,7 @@ one batch. G does not have to divide N: the first chunk then begins with steps t
 import torch
 from torch import Tensor
 
-from hbll import scan
+from hbll import prefix
 from hbll.models.cells import Cell, Slopes
 
 __all__ = ["chunked", "coarse_step", "pull", "unchunked", "unroll", "unroll_recorded"]
@@ -81,8 +81,8 @@ def pull(slopes: Slopes, weight_hh: Tensor, ends: Tensor, own: Tensor | None) ->
     return torch.stack(at_step[::-1]), credit
 
 
-def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int, chunks: int, radix: int) -> scan.Matrices:
-    """The coarse steps P, the same for all samples, and their products over several chunks, as ``hbll.scan`` takes them.
+def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int, chunks: int, radix: int) -> prefix.Matrices:
+    """The coarse steps P, the same for all samples, and their products over several chunks, as ``hbll.prefix`` takes them.
 
     P is the G-th power of a mean Jacobian. The product of the Jacobians of the chunk's steps, each averaged over the batch
     alone, does no better and costs G - 1 matrix products and G Jacobians where this costs log2 G and one.
@@ -92,6 +92,6 @@ def coarse_step(slopes: Slopes, weight_hh: Tensor, chunk: int, chunks: int, radi
         weight_hh: the recurrent weights.
         chunk: G.
         chunks: M.
-        radix: of the scans, as for ``scan.windows``.
+        radix: of the scans, as for ``prefix.windows``.
     """
-    return scan.windows(torch.linalg.matrix_power(slopes.jacobian(weight_hh), chunk), chunks, radix)
+    return prefix.windows(torch.linalg.matrix_power(slopes.jacobian(weight_hh), chunk), chunks, radix)

@@ -7,7 +7,7 @@ maps cost nothing; products for weights hang off the chain of dependent evaluati
 
 from dataclasses import dataclass
 
-from hbll.scan import levels, widths
+from hbll.prefix import levels, widths
 
 __all__ = ["Cost", "Machine", "backpropagation_cost", "newton_cost", "paper_cost", "scan_cost"]
 

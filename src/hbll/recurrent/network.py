@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hbll.layout import Readout
 from hbll.models.cells import GRU, LSTM, Cell
+from hbll.network import Readout
 from hbll.recurrent.arcs import ArcCells
 from hbll.tree import Path, Tree, format_path
 
-__all__ = ["RecurrentNetwork", "check_sequences", "padded_start", "presence", "tree_of", "walk"]
+__all__ = ["RecurrentNetwork", "Sequences", "check_network", "padded_start", "tree_of", "walk"]
+
+Sequences: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""A batch of sequences, as a network's embed takes them; or, of unequal length, a pair (a list of two, as a DataLoader makes
+it, will do) of sequences that are padded at the start and of their lengths (B,), the chunks that are no padding."""
 
 ExportedT = TypeVar("ExportedT", bound=nn.Module)
 
@@ -25,6 +29,8 @@ class RecurrentNetwork(nn.Module):
 
     The deployed network is the *chain*: the cell of one-chunk arcs, step after step. The other cells train it, and give
     shorter paths through the same sequence.
+
+    What is called with a batch, here and of rules, takes ``Sequences``: a tensor, or a pair of it and the lengths.
 
     Args:
         cells: the cell of every arc; ``cells.chain`` is the deployed one.
@@ -82,16 +88,28 @@ class RecurrentNetwork(nn.Module):
         own = next((readout for readout in self.readouts if readout.path == path), None)
         return own or _readout(format_path(path), path)
 
-    def forward(
-        self, x: Tensor, path: str | int | Sequence[int] | None = None, lengths: Tensor | None = None
-    ) -> Tensor:
+    def embedded(self, x: Sequences) -> tuple[Tensor, Tensor | None]:
+        """The chunks (N, B, I), time first; and (B, N), false for the padding, or None if there is none.
+
+        Raises:
+            ValueError: sequences or lengths of a wrong shape.
+        """
+        lengths = None
+        if not isinstance(x, Tensor):
+            if not (isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[1], Tensor)):
+                raise ValueError(f"a batch is sequences, or a pair of them and their lengths; got a {type(x).__name__}")
+            x, lengths = x
+        chunks = self.embed(x)
+        check_sequences(chunks, self.cell.inputs)
+        return chunks.transpose(0, 1), presence(lengths, chunks)
+
+    def forward(self, x: Sequences, path: str | int | Sequence[int] | None = None) -> Tensor:
         """The head's output along a path.
 
         Args:
-            x: what embed takes: sequences of N chunks; shorter sequences are padded at the start.
+            x: a batch of sequences of N chunks.
             path: times at which the sequence is cut, as in ``hbll.tree`` over N nodes: ``chain`` (or None), ``rim``, its
                 other name ``tree``, ``4-6-7``, a list, or a number of times.
-            lengths: (B,), the chunks of every sequence that are no padding; all by default.
 
         Returns:
             (B, ...) from the last state, or (B, N, ...) if the head reads every step.
@@ -99,28 +117,26 @@ class RecurrentNetwork(nn.Module):
         Raises:
             ValueError: no such path, a path other than the chain for outputs of every step, or sequences of a wrong shape.
         """
-        x = self.embed(x)
-        check_sequences(self, x)
-        times = resolve(path, x.shape[1])
-        chain = len(times) == x.shape[1] - 1
+        chunks, present = self.embedded(x)
+        times = resolve(path, len(chunks))
+        chain = len(times) == len(chunks) - 1
         if self.every_step and not chain:
             raise ValueError("only the chain has outputs of every step")
-        state, present = self.cell.initial(len(x)), presence(lengths, x)
+        state = self.cell.initial(chunks.shape[1])
         if chain:
-            hidden, _ = walk(self.cell, x.transpose(0, 1), state, present)
+            hidden, _ = walk(self.cell, chunks, state, present)
             return self.head(torch.stack(hidden, 1) if self.every_step else hidden[-1])
-        steps, first = padded_start(x.transpose(0, 1), present)
-        for arc in zip((0, *times), (*times, len(steps)), strict=True):
-            state = self.cells(steps, [arc], state.unsqueeze(0), first)[0]
+        chunks, first = padded_start(chunks, present)
+        for arc in zip((0, *times), (*times, len(chunks)), strict=True):
+            state = self.cells(chunks, [arc], state.unsqueeze(0), first)[0]
         return self.head(self.cell.hidden(state))
 
-    def unroll(self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def unroll(self, x: Sequences, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The chain from a state on: streaming, state in and state out.
 
         Args:
-            x: what embed takes, the next N chunks.
+            x: a batch of the next N chunks; a sequence keeps its state over its padding.
             state: (B, S H), what the last call returned; zeros at first.
-            lengths: as for ``forward``; a sequence keeps its state over its padding.
 
         Returns:
             The hidden states after every step (B, N, H), and the state after the last one (B, S H).
@@ -128,13 +144,12 @@ class RecurrentNetwork(nn.Module):
         Raises:
             ValueError: sequences, lengths or a state of a wrong shape.
         """
-        x = self.embed(x)
-        check_sequences(self, x)
-        initial = self.cell.initial(len(x))
+        chunks, present = self.embedded(x)
+        batch = chunks.shape[1]
+        initial = self.cell.initial(batch)
         if state is not None and state.shape != initial.shape:
-            raise ValueError(f"{len(x)} sequences go on from states {tuple(initial.shape)}; got {tuple(state.shape)}")
-        start = initial if state is None else state
-        hidden, last = walk(self.cell, x.transpose(0, 1), start, presence(lengths, x))
+            raise ValueError(f"{batch} sequences go on from states {tuple(initial.shape)}; got {tuple(state.shape)}")
+        hidden, last = walk(self.cell, chunks, initial if state is None else state, present)
         return torch.stack(hidden, 1), last
 
     def export_cell(self) -> nn.GRUCell | nn.LSTMCell:
@@ -158,7 +173,7 @@ def walk(cell: Cell, x: Tensor, state: Tensor, present: Tensor | None) -> tuple[
     Args:
         x: (N, B, I), the chunks.
         state: (B, S H), to begin with.
-        present: (B, N) as of ``presence``.
+        present: (B, N), false where the state is held; None if it never is.
     """
     hidden = []
     for t, driven in enumerate(cell.project(x)):
@@ -197,15 +212,24 @@ def resolve(path: str | int | Sequence[int] | None, length: int) -> Path:
     return tree.path(path) if isinstance(path, int) else tree.check_path(path)
 
 
-def check_sequences(network: RecurrentNetwork, x: Tensor) -> None:
+def check_network(network: nn.Module) -> None:
+    """Raises ValueError unless it is a recurrent network."""
+    if not isinstance(network, RecurrentNetwork):
+        raise ValueError(
+            f"a rule for recurrent networks trains a hbll.recurrent.RecurrentNetwork, not a {type(network).__name__}; a "
+            "wrapper such as DistributedDataParallel goes around the rule"
+        )
+
+
+def check_sequences(x: Tensor, inputs: int) -> None:
     """Raises ValueError unless x is (B, N, I) with at least one sequence of at least one chunk of the cell's width.
 
     On a CPU also if it holds a NaN; on a GPU looking would stall it, and the training loop finds the NaN of the loss.
     """
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"sequences are (batch, chunks, inputs), none of them 0; got {tuple(x.shape)}")
-    if x.shape[2] != network.cell.inputs:
-        raise ValueError(f"the cell reads chunks of width {network.cell.inputs}; got {x.shape[2]}")
+    if x.shape[2] != inputs:
+        raise ValueError(f"the cell reads chunks of width {inputs}; got {x.shape[2]}")
     if x.device.type == "cpu" and bool(x.isnan().any()):
         raise ValueError("a sequence holds NaN, which is not a number to learn from")
 

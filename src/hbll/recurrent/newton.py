@@ -5,14 +5,18 @@ the linear recurrence by an associative scan over H x H matrices of every sample
 until the states no longer move; one transposed scan with the same Jacobians then gives the exact gradient.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from hbll import scan
+from hbll import prefix
 from hbll.losses import Loss, cross_entropy
+from hbll.names import check_number
 from hbll.recurrent.cost import newton_cost
 from hbll.recurrent.network import RecurrentNetwork
-from hbll.recurrent.step import RecurrentRule, RecurrentStep, head_credit, local_update
+from hbll.recurrent.rule import RecurrentRule, head_credit, local_update, note
+from hbll.rule import StageLoss, Step
 
 __all__ = ["Newton", "solve"]
 
@@ -21,19 +25,35 @@ class Newton(RecurrentRule):
     """DEER. Memory and time grow with N B H^2 and N B H^3.
 
     Args:
+        network: the network to train.
         tolerance: the largest change of a state in an iteration, after which there is no other. Looking at it waits for
             the device.
         iterations: how many at most; N are always enough in exact arithmetic. By default N.
         loss: the label's loss.
+
+    Raises:
+        ValueError: a number below its least.
     """
 
-    def __init__(self, tolerance: float = 1e-4, iterations: int | None = None, loss: Loss = cross_entropy) -> None:
-        super().__init__(loss)
+    trains_loss = False
+
+    def __init__(
+        self,
+        network: RecurrentNetwork,
+        *,
+        tolerance: float = 1e-4,
+        iterations: int | None = None,
+        loss: Loss = cross_entropy,
+    ) -> None:
+        super().__init__(network, loss=loss)
+        check_number("tolerance", tolerance, least=0.0)
+        if iterations is not None:
+            check_number("iterations", iterations, least=1)
         self.tolerance = tolerance
         self.iterations = iterations
 
-    def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
-        cell, length = network.cell, len(x)
+    def losses_in_time(self, x: Tensor, y: Tensor, present: Tensor | None, step: Step) -> Iterator[StageLoss]:
+        network, cell, length = self.network, self.network.cell, len(x)
         driven = cell.project(x)
         with torch.no_grad():
             states = cell.initial(x.shape[1]).repeat(length + 1, 1, 1)  # at the times 0..N
@@ -59,9 +79,9 @@ class Newton(RecurrentRule):
             # b_t = own_t + J_{t+1}^T b_{t+1}: the same recurrence from the other end.
             reverse = torch.cat([jacobians[:1], jacobians[1:].flip(0)]).mT
             credit = solve(reverse, own.flip(0)).flip(0)
-        loss = local_update(network, driven, before, slopes, credit, label)
-        cost, defect = newton_cost(length, iteration), scan.defect(states[:-1], before)
-        return RecurrentStep(loss, cost.work, cost.span, {length: label.loss}, defect, iteration)
+        note(step, label.loss, newton_cost(length, iteration), length)
+        step.defect = prefix.defect(states[:-1], before)
+        yield StageLoss(1, local_update(network, driven, before, slopes, credit, label))
 
 
 def solve(matrices: Tensor, values: Tensor) -> Tensor:

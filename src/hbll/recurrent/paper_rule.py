@@ -6,19 +6,21 @@ which its children start from. The deployed cell, which no longer arc trains, is
 Jacobi's kind: all of its steps at once, K times, from the states of the sweep before (arXiv 2606.21497, section 4.5).
 """
 
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hbll.inversion import taylor
-from hbll.losses import Loss, cross_entropy, mean_losses
+from hbll.losses import Loss, cross_entropy, mean_losses, wide
+from hbll.names import check_number
 from hbll.recurrent.arcs import Arc
 from hbll.recurrent.chunks import unroll
 from hbll.recurrent.cost import paper_cost
 from hbll.recurrent.network import RecurrentNetwork, padded_start, tree_of
-from hbll.recurrent.step import RecurrentRule, RecurrentStep
-from hbll.trace import attach_gradients, wide
+from hbll.recurrent.rule import RecurrentRule
+from hbll.rule import StageLoss, Step, attach_gradients
 
 __all__ = ["PaperRule"]
 
@@ -26,10 +28,13 @@ __all__ = ["PaperRule"]
 class PaperRule(RecurrentRule):
     """The paper's tree over time.
 
-    Errors are summed over features and nodes and averaged over the batch.
+    Errors are summed over features and nodes and averaged over the batch. A level of the tree is walked back before the
+    next one is computed.
 
     Args:
-        sweeps: K, consistency sweeps; the paper takes 4 for the GRU and 0 for the Elman cell, which they destabilise.
+        network: the network to train.
+        sweeps: K, consistency sweeps; by default the paper's 4, or 0 for a cell without gates (Elman's), which they
+            destabilise.
         variance: sigma^2 of the states.
         label_variance: the label's error is loss / label_variance.
         step: length of the gradient step; 1/2 is exact for orthogonal linear arcs.
@@ -39,96 +44,117 @@ class PaperRule(RecurrentRule):
         ValueError: a number below its least.
     """
 
+    trains_loss = False
     trained: ClassVar[tuple[str, ...]] = ("chain", "tree")
 
     def __init__(
         self,
+        network: RecurrentNetwork,
         *,
-        sweeps: int = 4,
+        sweeps: int | None = None,
         variance: float = 1.0,
         label_variance: float = 1.0,
         step: float = 0.5,
         loss: Loss = cross_entropy,
     ) -> None:
-        super().__init__(loss)
-        if sweeps < 0 or not min(variance, label_variance, step) > 0:
-            raise ValueError(
-                "sweeps is at least 0; variance, label_variance and step are positive; "
-                f"got {sweeps}, {variance}, {label_variance}, {step}"
-            )
+        super().__init__(network, loss=loss)
+        if sweeps is None:
+            sweeps = 4 if network.cell.gates > 1 else 0
+        check_number("sweeps", sweeps, least=0)
+        check_number("variance", variance, above=0.0)
+        check_number("label_variance", label_variance, above=0.0)
+        check_number("step", step, above=0.0)
         self.sweeps = sweeps
         self.variance = variance
         self.label_variance = label_variance
         self.step_length = step
 
-    def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
+    def losses_in_time(self, x: Tensor, y: Tensor, present: Tensor | None, step: Step) -> Iterator[StageLoss]:
         length, batch, _ = x.shape
         if length < 2:
             raise ValueError("the tree over time needs sequences of at least 2 chunks")
-        tree = tree_of(length)
-        x, first = padded_start(x, present)
-        states = {0: network.cell.initial(batch)}
-        losses, errors = [], {}
-        for level in tree.levels:
-            left = [(tree.left(n), n) for n in level]
-            right = [(n, tree.right(n)) for n in level]
-            prior = network.cells(x, left, torch.stack([states[a] for a, _ in left]), first)
-            with torch.enable_grad():
-                at_node = prior.detach().requires_grad_()
-                error = self._errors(network, y, at_node, network.cells(x, right, at_node, first), right, states)
-            trained = [p for p in self._trained(network, right) if p.requires_grad]
-            trained += [x] if x.requires_grad else []
-            gradient, *gradients = torch.autograd.grad(error.sum(), [at_node, *trained], materialize_grads=True)
-            # Each sample's own gradient: that of the mean times the number of samples.
-            target = prior.detach() + self.variance * taylor(batch * gradient, self.step_length)
-            losses.append(attach_gradients(error.sum(), trained, gradients))
-            losses.append((wide(prior) - wide(target)).square().sum(-1).mean(1).sum() / (2 * self.variance))
-            states.update(zip(level, target.unbind(0), strict=True))
-            errors.update(zip(level, error.detach().unbind(0), strict=True))
+        embedded, first = padded_start(x, present)
+        # Every level reads the chunks, whose graph can be walked back once: a leaf gathers their gradients.
+        gathers = embedded.requires_grad and not step.look
+        chunks = embedded.detach().requires_grad_() if gathers else embedded
+        leaves = (chunks,) if gathers else ()
+        states = {0: self.network.cell.initial(batch)}
+        for level in tree_of(length).levels:
+            value, targets, errors, label = self._level(level, chunks, y, first, states)
+            states.update(zip(level, targets.unbind(0), strict=True))
+            step.report(level, error=errors)
+            step.label_loss = label  # of the last level at last, whose end is the longest way from the input
+            yield StageLoss(1, value, leaves)
         if self.sweeps:
-            losses.append(self._inconsistency(network, x, torch.stack([states[n] for n in range(length)]), present))
+            held = torch.stack([states.pop(n) for n in range(length)])
+            yield StageLoss(1, self._inconsistency(chunks, held, present), leaves)
+        if gathers and chunks.grad is not None:
+            value = attach_gradients(chunks.new_zeros(()), [embedded], [chunks.grad])
+            yield StageLoss("embed", value, gathered=True)
         cost = paper_cost(length, self.sweeps)
-        return RecurrentStep(torch.stack(losses).sum(), cost.work, cost.span, errors)
+        step.count(cost.work, cost.span)
 
-    def _trained(self, network: RecurrentNetwork, right: list[Arc]) -> list[nn.Parameter]:
-        cells = {network.cells.cell(arc) for arc in right}
-        modules = [*(network.cells.cells[kind] for kind in sorted(cells)), network.head]
+    def _level(
+        self, level: tuple[int, ...], x: Tensor, y: Tensor, first: Tensor | None, states: Mapping[int, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A level of the tree, n nodes, all at once.
+
+        Args:
+            x: (N, B, I), the chunks, a leaf if they are to get gradients.
+            first: (B,), the time at which each sequence begins, as of ``padded_start``.
+            states: those of the levels before.
+
+        Returns:
+            The loss of the level; the targets (n, B, S H), the errors (n,) and the label's mean loss, without graph.
+        """
+        network, tree = self.network, tree_of(len(x))
+        left = [(tree.left(n), n) for n in level]
+        right = [(n, tree.right(n)) for n in level]
+        prior = network.cells(x, left, torch.stack([states[a] for a, _ in left]), first)
+        at_node = prior.detach().requires_grad_()
+        errors, label = self._errors(y, at_node, network.cells(x, right, at_node, first), right, states)
+        trained: list[Tensor] = [p for p in self._trained(right) if p.requires_grad]
+        trained += [x] if x.requires_grad else []
+        gradient, *gradients = torch.autograd.grad(errors.sum(), [at_node, *trained], materialize_grads=True)
+        # Each sample's own gradient: that of the mean times the number of samples.
+        target = prior.detach() + self.variance * taylor(x.shape[1] * gradient, self.step_length)
+        moved = (wide(prior) - wide(target)).square().sum(-1).mean(1).sum() / (2 * self.variance)
+        return attach_gradients(errors.sum(), trained, gradients) + moved, target, errors.detach(), label.detach()
+
+    def _trained(self, right: list[Arc]) -> list[nn.Parameter]:
+        """The parameters of the cells of right arcs, and the head's."""
+        cells = self.network.cells
+        modules = [*(cells.cells[kind] for kind in sorted({cells.cell(arc) for arc in right})), self.network.head]
         return [parameter for module in modules for parameter in module.parameters()]
 
     def _errors(
-        self,
-        network: RecurrentNetwork,
-        y: Tensor,
-        at_node: Tensor,
-        ends: Tensor,
-        right: list[Arc],
-        states: dict[int, Tensor],
-    ) -> Tensor:
-        """(n,): how far the right arcs end from what their right parents hold, and what the labels say, in nats.
+        self, y: Tensor, at_node: Tensor, ends: Tensor, right: list[Arc], states: Mapping[int, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(n,): how far the right arcs end from what their right parents hold, and what the labels say, in nats; and the
+        label's mean loss at the end.
 
         The last node of every level is the one whose right arc ends at N.
         """
-        read, labels = (ends[-1:], y[-1:]) if network.every_step else (ends[-1:], y.unsqueeze(0))
-        at_end = mean_losses(self.loss, network.head(network.cell.hidden(read)), labels) / self.label_variance
+        network = self.network
+        last = y[-1:] if network.every_step else y.unsqueeze(0)
+        label = mean_losses(self.loss, network.head(network.cell.hidden(ends[-1:])), last)
         held = [states[j] for _, j in right[:-1]]
         inner = (
             [(wide(ends[:-1]) - wide(torch.stack(held))).square().sum(-1).mean(1) / (2 * self.variance)] if held else []
         )
-        errors = torch.cat([*inner, at_end])
+        errors = torch.cat([*inner, label / self.label_variance])
         if network.every_step:
             labels = torch.stack([y[n - 1] for n, _ in right])
-            errors = (
-                errors
-                + mean_losses(self.loss, network.head(network.cell.hidden(at_node)), labels) / self.label_variance
-            )
-        return errors
+            own = mean_losses(self.loss, network.head(network.cell.hidden(at_node)), labels)
+            errors = errors + own / self.label_variance
+        return errors, label.squeeze(0)
 
-    def _inconsistency(self, network: RecurrentNetwork, x: Tensor, states: Tensor, present: Tensor | None) -> Tensor:
+    def _inconsistency(self, x: Tensor, states: Tensor, present: Tensor | None) -> Tensor:
         """||h~^K - h||^2, the distance of the swept states from the tree's, with the gradient of the last sweep alone.
 
         states: (N, B, S H), the tree's at the times 0..N-1.
         """
-        cell = network.cell
+        cell = self.network.cell
         driven, swept = cell.project(x[:-1]), states[:-1]
         held = None if present is None else present.mT[None, :-1]
         with torch.no_grad():

@@ -11,21 +11,23 @@ All is taken on the trajectory of the last sweep: its states, their slopes, and 
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hbll import scan
-from hbll.losses import Loss, cross_entropy
-from hbll.models.cells import Cell, Slopes
+from hbll import prefix
+from hbll.losses import Loss, cross_entropy, wide
+from hbll.models.cells import Slopes
+from hbll.names import check_choice, check_number
 from hbll.recurrent.arcs import ArcCells, DepthCells
 from hbll.recurrent.chunks import chunked, coarse_step, pull, unchunked, unroll, unroll_recorded
 from hbll.recurrent.cost import scan_cost
 from hbll.recurrent.network import RecurrentNetwork
-from hbll.recurrent.step import RecurrentRule, RecurrentStep, head_credit, local_update
+from hbll.recurrent.rule import LabelCredit, RecurrentRule, head_credit, local_update, note
 from hbll.recurrent.tree_states import tree_states
-from hbll.trace import wide
+from hbll.rule import StageLoss, Step
 
 __all__ = ["ScanRule"]
 
@@ -34,7 +36,7 @@ class ScanRule(RecurrentRule):
     """Parallel chunks of time with a batch-mean Jacobian as coarse step.
 
     Args:
-        network: a network like those that will be trained; only its shapes are read.
+        network: the network to train.
         length: N, chunks of input per sequence; shorter ones are padded at the start.
         chunk: G, time steps that are made one after the other.
         sweeps: K, evaluations of all steps.
@@ -42,7 +44,7 @@ class ScanRule(RecurrentRule):
         radix: r; the corrections over M chunks take ceil(log_r M) levels, each of them a product of r matrices with as
             many chunks' states. M is a single level, 2 the fewest operations.
         guess: what the starts are at first: ``zero``, or what a *predictor tree* over the M chunks says, whose cells are
-            this module's parameters and learn from the corrected starts.
+            the rule's own parameters and learn from the corrected starts.
         shared: one coarse step for all chunks, of the mean over all steps, instead of one for each: log2 N products of
             matrices a training step and not M log2 N, which tells where units are many (512 and more).
         adapt: a defect above which the next step makes a sweep more, and below a third of which one less, but never
@@ -52,6 +54,8 @@ class ScanRule(RecurrentRule):
     Raises:
         ValueError: a number below its least, or an unknown guess.
     """
+
+    trains_loss = False
 
     direct: Tensor
     gated: Tensor
@@ -71,16 +75,14 @@ class ScanRule(RecurrentRule):
         adapt: float | None = None,
         loss: Loss = cross_entropy,
     ) -> None:
-        super().__init__(loss)
-        if length < 1 or chunk < 1 or sweeps < 1 or credit_sweeps < 0:
-            raise ValueError(
-                "length, chunk and sweeps are at least 1 and credit_sweeps at least 0; "
-                f"got {length}, {chunk}, {sweeps}, {credit_sweeps}"
-            )
-        if guess not in ("zero", "tree"):
-            raise ValueError(f"guess is zero or tree; got {guess!r}")
-        if radix < 2:
-            raise ValueError(f"radix is at least 2; got {radix}")
+        super().__init__(network, loss=loss)
+        for name, value in {"length": length, "chunk": chunk, "sweeps": sweeps}.items():
+            check_number(name, value, least=1)
+        check_number("credit_sweeps", credit_sweeps, least=0)
+        check_number("radix", radix, least=2)
+        check_choice("guess", guess, ("zero", "tree"))
+        if adapt is not None:
+            check_number("adapt", adapt, above=0.0)
         cell = network.cell
         self.length = length
         self.chunk = min(chunk, length)
@@ -91,7 +93,7 @@ class ScanRule(RecurrentRule):
         self.adapt = adapt
         self.predictor: ArcCells | None = None
         if guess == "tree" and self.chunks > 1:
-            levels = scan.levels(self.chunks)
+            levels = prefix.levels(self.chunks)
             self.predictor = DepthCells(type(cell), self.chunk * cell.inputs, cell.width, levels).to(cell.weight_hh)
         # Means of the last training step's slopes; 0 before the first one, so that P = 0.
         self.shared = shared
@@ -111,41 +113,22 @@ class ScanRule(RecurrentRule):
         radix = max(2, chunks if chunks <= 16 else math.isqrt(chunks - 1) + 1)  # one level, or two
         return {"chunk": chunk, "sweeps": min(5, chunks), "credit_sweeps": parts, "radix": radix, "guess": "tree"}
 
-    def step(self, network: RecurrentNetwork, x: Tensor, y: Tensor, present: Tensor | None) -> RecurrentStep:
+    def auxiliary(self, stage: int) -> list[nn.Module]:
+        return [] if self.predictor is None else [self.predictor]
+
+    def losses_in_time(self, x: Tensor, y: Tensor, present: Tensor | None, step: Step) -> Iterator[StageLoss]:
         if len(x) != self.length:
             raise ValueError(f"this rule was made for sequences of {self.length} chunks; got {len(x)}")
-        cell = network.cell
+        network, cell = self.network, self.network.cell
         present = self._present(x, present)
         x = chunked(x, self.chunk)
-        driven = cell.project(x)
-        guess = self._guess(cell, x.detach())
-        with torch.no_grad():
-            slopes = Slopes(self.direct, self.gated, self.gated)
-            coarse = coarse_step(slopes, cell.weight_hh, self.chunk, self.chunks, self.radix)
-            starts = torch.cat([cell.initial(x.shape[2]).unsqueeze(0), guess.detach()])
-            sweeps = self.sweeps if self.adapt is None else int(self.current)
-            for _ in range(sweeps - 1):
-                ends = cell.bound(scan.correct(starts, unroll(cell, driven, present, starts), coarse))
-                starts = torch.cat([starts[:1], ends[:-1]])
-            before, recurrent, outs = unroll_recorded(cell, driven, present, starts)
-            ends = cell.bound(scan.correct(starts, outs, coarse))
-            defect = scan.defect(ends[:-1], starts[1:])
-            slopes = cell.slopes(driven, recurrent, before)
-            if present is not None:
-                slopes = slopes.held(present.to(before.dtype))
-            if self.training:
-                self._remember(slopes, defect)
-            if network.every_step:
-                after = torch.cat([before[1:], outs.unsqueeze(0)])
-                label = head_credit(network, self.loss, cell.hidden(unchunked(after, self.length)), y)
-                own, last = chunked(cell.widen(label.credit), self.chunk), torch.zeros_like(outs[0])
-            else:
-                label = head_credit(network, self.loss, cell.hidden(outs[-1]), y)
-                own, last = None, cell.widen(label.credit)
-            credit = self._credit(cell, slopes, coarse, last, own)
-        loss = local_update(network, driven, before, slopes, credit, label)
+        driven, guess = cell.project(x), self._guess(x.detach())
+        coarse, sweeps = self._coarse(), self.sweeps if self.adapt is None else int(self.current)
+        before, recurrent, outs, ends = self._sweep(driven, present, guess.detach(), coarse, sweeps)
+        step.defect = prefix.defect(ends[:-1], before[0, 1:])
         if self.predictor is not None:
-            loss = loss + (wide(guess) - wide(ends[:-1])).square().sum(-1).mean(-1).sum()
+            yield StageLoss("jumps", (wide(guess) - wide(ends[:-1])).square().sum(-1).mean(-1).sum())
+        slopes, credit, label = self._credit(driven, present, before, recurrent, outs, y, coarse)
         cost = scan_cost(
             self.length,
             self.chunk,
@@ -156,7 +139,10 @@ class ScanRule(RecurrentRule):
             shared=self.shared,
             every_step=network.every_step,
         )
-        return RecurrentStep(loss, cost.work, cost.span, {self.length: label.loss}, defect, sweeps)
+        note(step, label.loss, cost, self.length)
+        if self.training and not step.look:
+            self._remember(slopes, step.defect)
+        yield StageLoss(1, local_update(network, driven, before, slopes, credit, label))
 
     def _present(self, x: Tensor, present: Tensor | None) -> Tensor | None:
         """(G, M, B), false where a step holds the state; None if none does."""
@@ -164,28 +150,82 @@ class ScanRule(RecurrentRule):
             return None
         return chunked(x.new_ones(x.shape[:2], dtype=torch.bool) if present is None else present.mT, self.chunk)
 
-    def _guess(self, cell: Cell, x: Tensor) -> Tensor:
+    def _guess(self, x: Tensor) -> Tensor:
         """The starts of all chunks but the first, (M-1, B, S H), with graph; x is (G, M, B, I)."""
         if self.predictor is None:
-            return cell.initial(x.shape[2]).expand(self.chunks - 1, -1, -1)
+            return self.network.cell.initial(x.shape[2]).expand(self.chunks - 1, -1, -1)
         return tree_states(self.predictor, x.permute(1, 2, 0, 3).flatten(2))
 
-    def _credit(self, cell: Cell, slopes: Slopes, coarse: scan.Matrices, last: Tensor, own: Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def _coarse(self) -> prefix.Matrices:
+        """The coarse steps, of the slopes of the last training step."""
+        slopes = Slopes(self.direct, self.gated, self.gated)
+        return coarse_step(slopes, self.network.cell.weight_hh, self.chunk, self.chunks, self.radix)
+
+    @torch.no_grad()
+    def _sweep(
+        self, driven: Tensor, present: Tensor | None, guess: Tensor, coarse: prefix.Matrices, sweeps: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The states, after so many sweeps.
+
+        Args:
+            driven: (G, M, B, Γ H), the projected inputs.
+            guess: (M-1, B, S H), the starts of all chunks but the first.
+
+        Returns:
+            Of the last sweep the states before every step (G, M, B, S H), what the recurrent map made of them, and the
+            ends of the chunks (M, B, S H); and those ends corrected.
+        """
+        cell = self.network.cell
+        starts = torch.cat([cell.initial(driven.shape[2]).unsqueeze(0), guess])
+        for _ in range(sweeps - 1):
+            ends = cell.bound(prefix.correct(starts, unroll(cell, driven, present, starts), coarse))
+            starts = torch.cat([starts[:1], ends[:-1]])
+        before, recurrent, outs = unroll_recorded(cell, driven, present, starts)
+        return before, recurrent, outs, cell.bound(prefix.correct(starts, outs, coarse))
+
+    @torch.no_grad()
+    def _credit(
+        self,
+        driven: Tensor,
+        present: Tensor | None,
+        before: Tensor,
+        recurrent: Tensor,
+        outs: Tensor,
+        y: Tensor,
+        coarse: prefix.Matrices,
+    ) -> tuple[Slopes, Tensor, LabelCredit]:
+        """The slopes of every step, the gradients in their new states (G, M, B, S H), and what the label says."""
+        network, cell = self.network, self.network.cell
+        slopes = cell.slopes(driven, recurrent, before)
+        if present is not None:
+            slopes = slopes.held(present.to(before.dtype))
+        if network.every_step:
+            after = torch.cat([before[1:], outs.unsqueeze(0)])
+            label = head_credit(network, self.loss, cell.hidden(unchunked(after, self.length)), y)
+            own, last = chunked(cell.widen(label.credit), self.chunk), torch.zeros_like(outs[0])
+        else:
+            label = head_credit(network, self.loss, cell.hidden(outs[-1]), y)
+            own, last = None, cell.widen(label.credit)
+        return slopes, self._pulled(slopes, coarse, last, own), label
+
+    def _pulled(self, slopes: Slopes, coarse: prefix.Matrices, last: Tensor, own: Tensor | None) -> Tensor:
         """The gradients in the new state of every step (G, M, B, S H).
 
         Args:
             last: (B, S H), the gradient at the end of the sequence.
             own: (G, M, B, S H), that of every step's own loss.
         """
+        weight_hh = self.network.cell.weight_hh
         ends = torch.cat([last.new_zeros(self.chunks - 1, *last.shape), last.unsqueeze(0)])
         if own is None and coarse:  # the coarse step alone takes the last gradient to the first chunk
             pulled = torch.zeros_like(ends)
             pulled[-1] = last @ coarse[0][0][-1]
-            ends = torch.cat([scan.correct_transposed(ends, pulled, coarse)[1:], ends[-1:]])
+            ends = torch.cat([prefix.correct_transposed(ends, pulled, coarse)[1:], ends[-1:]])
         for _ in range(self.credit_sweeps):
-            _, pulled = pull(slopes, cell.weight_hh, ends, own)
-            ends = torch.cat([scan.correct_transposed(ends, pulled, coarse)[1:], ends[-1:]])
-        return pull(slopes, cell.weight_hh, ends, own)[0]
+            _, pulled = pull(slopes, weight_hh, ends, own)
+            ends = torch.cat([prefix.correct_transposed(ends, pulled, coarse)[1:], ends[-1:]])
+        return pull(slopes, weight_hh, ends, own)[0]
 
     def _remember(self, slopes: Slopes, defect: Tensor) -> None:
         dimensions = (0, 1, 2) if self.shared else (0, 2)

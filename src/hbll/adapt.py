@@ -1,0 +1,135 @@
+"""Adapters for models of others: cut at some of their modules, or made of functions around modules."""
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import fx, nn
+
+from hbll.modes import evaluating
+from hbll.names import check_known
+
+__all__ = ["Part", "part", "split"]
+
+
+class Part(nn.Module):
+    def __init__(self, function: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.function = function
+        self.used = nn.ModuleList(modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Part":
+        # A function is copied as it is: the copy of the part would call the modules of the original.
+        return Part(_copied(self.function, memo), [copy.deepcopy(module, memo) for module in self.used])
+
+
+def _copied(function: Callable[..., Any], memo: dict[int, Any]) -> Callable[..., Any]:
+    """A function with copies of what it has around it."""
+    if not isinstance(function, FunctionType):
+        return copy.deepcopy(function, memo)
+    for name in function.__code__.co_names:
+        if isinstance(function.__globals__.get(name), nn.Module):
+            raise ValueError(
+                f"a part cannot be copied whose function finds its module {name} as a global variable: make the part within "
+                "a function, around the module"
+            )
+    cells = tuple(CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in function.__closure__ or ())
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    made.__defaults__ = copy.deepcopy(function.__defaults__, memo)
+    made.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
+    return made
+
+
+def part(function: Callable[..., Any], *modules: nn.Module) -> nn.Module:
+    """A module that calls a function and registers the modules that the function uses: an embed, a block or a head of a
+    model whose own ``forward`` does more than hand one tensor on.
+
+    Args:
+        function: what the part computes; of the context it is given what it names. It should be made around the modules
+            themselves, and not around a whole model that has them: copies of the part copy what its function is around.
+        modules: those whose parameters are to be the part's.
+    """
+    return Part(function, modules)
+
+
+def split(model: nn.Module, at: Sequence[str]) -> list[nn.Module]:
+    """The pieces of a model before, between and from some of its modules on; see ``Chain.cut``."""
+    modules = dict(model.named_modules())
+    for path in at:
+        check_known(path, [name for name in modules if name], "module")
+    if len(at) < 2:
+        raise ValueError("name the modules that start each block, and the one that starts the head: two at least")
+    graph = _traced(model, at)
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    starts = []
+    for path in at:
+        called = [i for i, node in enumerate(nodes) if node.op == "call_module" and _within(node.target, path)]
+        if not called:
+            raise ValueError(
+                f"the model does not call {path}, or calls what is in it elsewhere: it cannot start a block"
+            )
+        starts.append(called[0])
+    if any(a >= b for a, b in pairwise(starts)):
+        raise ValueError(f"the model runs through these modules in another order: {', '.join(at)}")
+    if not any(node.op not in ("placeholder", "get_attr") for node in nodes[: starts[0]]):
+        raise ValueError(f"nothing lies before {at[0]}: the embed would be empty; let the first block start later")
+    return [_piece(model, nodes[a:b], nodes, b) for a, b in pairwise([0, *starts, len(nodes)])]
+
+
+def _within(target: Any, path: str) -> bool:
+    return target == path or str(target).startswith(path + ".")
+
+
+def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            # Opened up are only those in which a cut lies.
+            return not any(path.startswith(module_qualified_name + ".") for path in at)
+
+    try:
+        with evaluating(model):
+            graph = Tracer().trace(model)
+            model.train()
+            training = Tracer().trace(model)
+    except Exception as error:  # whatever a forward does with a proxy that it cannot
+        raise ValueError(
+            f"a {type(model).__name__} does more than hand one tensor on ({str(error).splitlines()[0]}): cut it by hand, "
+            "hbll.Chain(embed=hbll.part(function, *modules), blocks=.., head=..)"
+        ) from error
+    if str(training) != str(graph):
+        raise ValueError(
+            f"what a {type(model).__name__} computes between these modules depends on whether it trains, as "
+            "F.dropout(x, training=self.training) does: make that a module (nn.Dropout), or cut it by hand with hbll.part"
+        )
+    fx.GraphModule(model, graph)  # which says of what modules the graph is
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _piece(model: nn.Module, own: Sequence[fx.Node], nodes: Sequence[fx.Node], end: int) -> nn.Module:
+    """The nodes of one piece as a module, from what the piece before computed last to what it computes last."""
+    inside = set(own)
+    taken = dict.fromkeys(a for node in own for a in node.all_input_nodes if a not in inside)
+    begins = nodes.index(own[0])
+    crossing = [
+        node for node in nodes[:end] if any(user.op == "output" or nodes.index(user) >= end for user in node.users)
+    ]
+    if len(taken) > (begins > 0) or len(crossing) != 1:
+        raise ValueError(
+            f"more than one state crosses a cut of the model ({', '.join(map(str, crossing or taken))}): move the cut, or "
+            "cut by hand with hbll.part and a context"
+        )
+    calls = [node for node in own if node.op != "placeholder"]
+    if len(calls) == 1 and calls[0].op == "call_module" and len(calls[0].args) == 1 and not calls[0].kwargs:
+        return model.get_submodule(str(calls[0].target))  # the user's own module
+    graph = fx.Graph()
+    copies = {node: graph.placeholder("state") for node in taken}
+    for node in own:
+        copies[node] = graph.node_copy(node, lambda before: copies[before])
+    graph.output(copies[crossing[0]])
+    return fx.GraphModule(model, graph)

@@ -1,0 +1,106 @@
+"""Runs as the terminal shows them: progress on stderr, results on stdout."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hbll.recipes import Measure
+from hbll.train import metrics
+from hbll.train.compare import Comparison, MethodResult, compare
+from hbll.train.evaluate import PathResult
+from hbll.train.loop import Interrupted, train
+from hbll.train.metrics import Metrics
+from hbll.train.run import Run
+from hbll.train.tables import path_columns, path_row, result_columns, result_row
+
+_NAME_WIDTH = 12
+"""Characters that the first column of a table has at least."""
+
+
+def train_shown(run: Run, *, resume: bool) -> None:
+    """`train`, with a bar, a line an epoch, and at the end what each path came to."""
+    measures = run.recipe.measures
+    with _progress() as progress:
+        bar = progress.add_task(f"{run.recipe.name}, {run.method}, seed {run.seed}", total=None)
+
+        def on_epoch(line: Metrics) -> None:
+            chain = f"{measures[0].title} of the chain {measures[0].text(line.chain[measures[0].name])}"
+            text = f"epoch {line.epoch}/{run.recipe.epochs}  loss {line.loss:.4g}  {chain}"
+            progress.console.print(text, highlight=False)
+
+        try:
+            train(
+                run,
+                resume=resume,
+                on_step=lambda done, steps: progress.update(bar, completed=done + 1, total=steps),
+                on_epoch=on_epoch,
+            )
+        except Interrupted:
+            raise KeyboardInterrupt(_how_to_resume("train", run.recipe.name, run.folder)) from None
+    show_paths(metrics.read(run.metrics_file)[-1].paths, measures)
+    print(f"run: {run.folder}")
+
+
+def compare_shown(comparison: Comparison, *, resume: bool) -> list[MethodResult]:
+    """`compare`, with a bar for the runs and one for the run under way."""
+    runs = len(comparison.methods) * comparison.seeds
+    with _progress() as progress:
+        overall = progress.add_task("runs", total=runs)
+        current = progress.add_task("")
+        started = -1
+
+        def on_run(run: Run) -> None:
+            nonlocal started
+            started += 1
+            progress.update(overall, completed=started)
+            progress.update(current, description=f"{run.method}, seed {run.seed}", completed=0, total=None)
+
+        try:
+            return compare(
+                comparison,
+                resume=resume,
+                on_run=on_run,
+                on_step=lambda done, steps: progress.update(current, completed=done + 1, total=steps),
+            )
+        except KeyboardInterrupt:  # between two runs as well as within one
+            advice = _how_to_resume("compare", comparison.recipe.name, comparison.folder)
+            raise KeyboardInterrupt(advice) from None
+
+
+def show_results(results: Iterable[MethodResult], measures: Sequence[Measure], page: Path) -> None:
+    """The table of a comparison and where its page lies."""
+    _show(result_columns(measures), (result_row(result, measures) for result in results))
+    print(f"page: {page}")
+
+
+def show_paths(paths: Iterable[PathResult], measures: Sequence[Measure]) -> None:
+    """The table of what the paths came to."""
+    _show(path_columns(measures), (path_row(path, measures) for path in paths))
+
+
+def _show(columns: list[str], rows: Iterable[list[str]]) -> None:
+    rows = list(rows)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    figures = list(zip(columns, *rows, strict=True))[1:]
+    # Names may be folded but not cut away: a table that has no room for its figures is wider than the terminal.
+    console.width = max(console.width, _NAME_WIDTH + sum(2 + max(map(len, column)) for column in figures))
+    console.print(table)
+
+
+def _progress() -> Progress:
+    """Bars on stderr while a person is looking; nothing when it goes to a file."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _how_to_resume(command: str, recipe: str, folder: Path) -> str:
+    return f"stopped and saved; `hbll {command} {recipe} --run-dir {folder} --resume` goes on"

@@ -1,0 +1,249 @@
+"""The training loop: steps, epochs, checkpoints, and how a run ends before its time."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hbll.data import Samples
+from hbll.rule import Step
+from hbll.rules.composed import Composed
+from hbll.train import checkpoint, metrics
+from hbll.train.descent import Descent
+from hbll.train.device import device
+from hbll.train.divergence import DivergedError, all_finite, place_in_step, place_in_weights
+from hbll.train.evaluate import measured
+from hbll.train.interrupt import deferred_interrupt
+from hbll.train.metrics import Metrics
+from hbll.train.optimizers import make_optimizers
+from hbll.train.run import Run, check_same, open_run
+from hbll.train.schedule import scheduler
+
+CHECK_EVERY = 100
+"""Steps between two looks at whether the loss is still finite. On a GPU each look waits for the device."""
+
+DIAGNOSED_SAMPLES = 256
+"""Training samples, the first ones, on which stages are diagnosed at the end of an epoch."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after which the run has been saved where it stood and can be resumed."""
+
+
+def train(
+    run: Run,
+    *,
+    resume: bool = False,
+    on_step: Callable[[int, int], None] = lambda done, steps: None,
+    on_epoch: Callable[[Metrics], None] = lambda metrics: None,
+) -> None:
+    """Trains until the recipe's last epoch, saving after each; a resumed run ends as if it had never stopped.
+
+    Args:
+        run: what to train, and the folder to keep it in.
+        resume: go on with the run that lies in that folder.
+        on_step: called before each step with the number of steps done and that of all steps of the run.
+        on_epoch: called after each epoch.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` is off, or holds none or another one and it is on; the data set
+            is missing or damaged; the loss or a weight became NaN or infinite (`DivergedError`: the last good
+            checkpoint is kept).
+        Interrupted: Ctrl-C was pressed; the run was saved after the step under way.
+    """
+    if resume:
+        check_same(open_run(run.folder), run)
+    splits = run.recipe.splits(run.data_dir).to(device())
+    training = Training(run, splits.train)
+    if resume:
+        training.restore()
+        metrics.cut(run.metrics_file, training.epoch)
+    else:
+        run.claim()
+        training.save()
+    run.write_configuration(device(), training.engine)
+    with deferred_interrupt() as interrupted:
+
+        def before_step(done: int) -> None:
+            on_step(done, run.recipe.epochs * training.steps_per_epoch)
+            if interrupted():
+                training.save()
+                raise Interrupted
+
+        while training.epoch < run.recipe.epochs:
+            training.go_on(before_step)
+            line = training.end_epoch(splits.test)
+            metrics.append(run.metrics_file, line)
+            training.save()
+            on_epoch(line)
+
+
+@dataclass
+class Sums:
+    """Over the steps of an epoch so far."""
+
+    loss: Tensor
+    defect: Tensor | None = None
+    work: int = 0
+    span: int = 0
+    seconds: float = 0.0
+
+    def add(self, step: Step) -> None:
+        """Adds a step, but for its seconds."""
+        self.loss += step.loss.detach()
+        if step.defect is not None:
+            self.defect = step.defect if self.defect is None else self.defect + step.defect
+        self.work += step.work
+        self.span += step.span
+
+
+class Training:
+    """A run under way: all that changes from step to step, and how it does."""
+
+    def __init__(self, run: Run, samples: Samples) -> None:
+        recipe = run.recipe
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        self.run = run
+        self.samples = samples
+        network = recipe.initial_network(run.seed).to(device())
+        self.rule = recipe.rule(run.method, network, samples[: recipe.batch_size].inputs).to(device())
+        optimizers = make_optimizers(self.rule, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
+        self.steps_per_epoch = len(samples) // recipe.batch_size
+        steps = recipe.epochs * self.steps_per_epoch
+        schedules = [scheduler(recipe.schedule, optimizer, steps) for optimizer in optimizers]
+        self.descent = Descent(self.rule, optimizers, clip=recipe.gradient_clip, schedule=schedules)
+        self.epoch = 0
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self.position = 0
+        self.sums = Sums(torch.zeros((), dtype=torch.float64, device=device()))
+
+    @property
+    def engine(self) -> str:
+        """How stages are evaluated: `loop` or `batched`."""
+        return self.rule.evaluated.engine.name if isinstance(self.rule, Composed) else "loop"
+
+    def go_on(self, before_step: Callable[[int], None] = lambda done: None) -> None:
+        """Takes what is left of the epoch's steps.
+
+        Args:
+            before_step: called before each with the number of steps done since the run began.
+
+        Raises:
+            DivergedError: the loss or a weight is no longer finite.
+        """
+        # Batches stay in flight at the end: a run that is taken up for more epochs goes on as if it had never stopped.
+        self.descent.run(self._batches(before_step), drain=False, on_step=lambda number, step: self._taken(step))
+
+    def _batches(self, before_step: Callable[[int], None]) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._order()
+        while self.position < self.steps_per_epoch:
+            before_step(self.epoch * self.steps_per_epoch + self.position)
+            self.began = time.perf_counter()
+            self.learning_rate = self.descent.optimizers[0].param_groups[0]["lr"]
+            yield self._batch(order)
+
+    def _taken(self, step: Step) -> None:
+        self.sums.add(step)
+        self.position += 1
+        if self.position % CHECK_EVERY == 0 or self.position == self.steps_per_epoch:
+            self._check()
+        self.sums.seconds += time.perf_counter() - self.began
+
+    def end_epoch(self, test: Samples) -> Metrics:
+        """Measures and diagnoses the network, and makes ready for the next epoch."""
+        recipe, samples = self.run.recipe, self.samples[:DIAGNOSED_SAMPLES]
+        reports = self.rule.diagnose(samples.inputs, samples.labels)
+        paths = measured(self.rule, test, recipe.readouts(self.rule), recipe.measures)
+        self.epoch += 1
+        sums, steps = self.sums, self.steps_per_epoch
+        result = Metrics(
+            epoch=self.epoch,
+            loss=sums.loss.item() / steps,
+            learning_rate=self.learning_rate,
+            paths=paths,
+            seconds=sums.seconds,
+            work=sums.work / steps,
+            span=sums.span / steps,
+            defect=None if sums.defect is None else sums.defect.item() / steps,
+            nodes={str(stage): asdict(report) for stage, report in reports.items()},
+        )
+        self._start_epoch()
+        return result
+
+    def save(self) -> None:
+        """Replaces the checkpoint by the present state; DivergedError, leaving the old one, when that is no good."""
+        self._check()
+        state = {
+            "rule": self.rule.state_dict(),
+            "carry": self.rule.carry(),
+            "descent": self.descent.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "epoch": self.epoch,
+            "position": self.position,
+            "sums": vars(self.sums),
+        }
+        checkpoint.save(self.run.checkpoint_file, state)
+
+    def restore(self) -> None:
+        """Goes back to the checkpoint; ValueError when it is missing, damaged or of another version."""
+        state = checkpoint.load(self.run.checkpoint_file, device())
+        with checkpoint.understood(self.run.checkpoint_file):
+            self.rule.load_state_dict(state["rule"])
+            self.rule.load_carry(state["carry"])
+            self.descent.load_state_dict(state["descent"])
+            torch.set_rng_state(state["random"].cpu())
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all([random.cpu() for random in state["random_cuda"]])
+            self.epoch = state["epoch"]
+            self.position = state["position"]
+            self.sums = Sums(**state["sums"])
+
+    def _order(self) -> Tensor:
+        """The order of the epoch's samples: a function of seed and epoch, so that it need not be saved."""
+        order = np.random.default_rng([self.run.seed, self.epoch]).permutation(len(self.samples))
+        return torch.from_numpy(order).to(device())
+
+    def _batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        recipe, size = self.run.recipe, self.run.recipe.batch_size
+        batch = self.samples[order[self.position * size : (self.position + 1) * size]]
+        return recipe.augment(batch.inputs, self._draw()), batch.labels
+
+    def _draw(self) -> np.random.Generator:
+        """The step's own random numbers for augmentation: the same whatever the method draws, and after resuming."""
+        # Counted from 1, because a seed padded with zeros is the same seed: step 0 would draw what its order was drawn by.
+        return np.random.default_rng([self.run.seed, self.epoch, 1 + self.position])
+
+    def _check(self) -> None:
+        """DivergedError unless every loss of the epoch and every weight is finite."""
+        if self.sums.loss.isfinite() and all_finite(self.rule.network.parameters()):
+            return
+        raise DivergedError(
+            f"the loss or a weight became NaN or infinite {self._divergence()}; the last good checkpoint is "
+            f"kept in {self.run.folder}: try a lower --learning-rate"
+        )
+
+    def _divergence(self) -> str:
+        """When and where: the steps since the checkpoint are taken once more and looked at one by one.
+
+        By the time it is noticed, what began in one stage has spread to all.
+        """
+        again = Training(self.run, self.samples)
+        again.restore()
+        order = again._order()
+        while again.position < self.position:
+            when = f"in step {again.position + 1} of epoch {again.epoch + 1}"
+            batch = again._batch(order)
+            if place := place_in_step(again.rule, *batch):
+                return f"{when}, first at {place}"
+            again.descent.step(batch)
+            again.position += 1
+            if place := place_in_weights(again.rule):
+                return f"{when}, first in the weights of {place}"
+        return f"by step {self.position} of epoch {self.epoch + 1}"

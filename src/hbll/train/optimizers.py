@@ -1,0 +1,53 @@
+"""Optimizers by name, for all parameters of a rule."""
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from hbll.names import check_known
+from hbll.rule import Rule
+
+__all__ = ["make_optimizers"]
+
+
+def make_optimizers(rule: Rule, name: str, learning_rate: float, weight_decay: float) -> list[Optimizer]:
+    """What moves the parameters of a rule.
+
+    Args:
+        rule: the rule.
+        name: `adamw`; or `muon` (Jordan et al. 2024) for the matrices inside blocks, and inside those modules of the rule
+            that are copies of blocks, its updates of the size that AdamW's have (Liu et al., arXiv 2502.16982), and AdamW
+            at the same rate and decay for all others.
+        learning_rate: of all of them.
+        weight_decay: of all of them.
+
+    Raises:
+        ValueError: an unknown name, or blocks without matrices for muon.
+    """
+    check_known(name, ("adamw", "muon"), "optimizer")
+    matrices = _matrices(rule) if name == "muon" else []
+    known = set(matrices)
+    others = [parameter for parameter in rule.parameters() if parameter not in known]
+    optimizers: list[Optimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        optimizers.append(AdamW(others, lr=learning_rate, weight_decay=weight_decay, fused=True))
+    return optimizers
+
+
+def _matrices(rule: Rule) -> list[nn.Parameter]:
+    blocks = list(rule.network.blocks)
+    beside = [module for stage in range(1, len(rule.stages) + 1) for module in rule.auxiliary(stage)]
+    copies = [module for module in beside if any(_alike(module, block) for block in blocks)]
+    found = dict.fromkeys(p for module in [*blocks, *copies] for p in module.parameters() if p.ndim == 2)
+    if not found:
+        raise ValueError("muon moves the matrices inside blocks, and these have none: take adamw")
+    return list(found)
+
+
+def _alike(module: nn.Module, block: nn.Module) -> bool:
+    """Whether they are of one kind and size."""
+    if type(module) is not type(block):
+        return False
+    sizes = [[(name, p.shape) for name, p in one.named_parameters()] for one in (module, block)]
+    return sizes[0] == sizes[1]

@@ -1,0 +1,160 @@
+"""One self-contained HTML page about a run or a comparison."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from string import Template
+
+from hbll.recipes import Measure, Recipe, flag
+from hbll.train import metrics, plots
+from hbll.train.compare import FILE, open_comparison, open_results
+from hbll.train.files import write_atomically
+from hbll.train.run import open_run
+from hbll.train.tables import path_columns, path_row, result_columns, result_row
+
+_PAGE = Template(
+    """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { font: 16px/1.55 system-ui, sans-serif; color: #1e293b; background: #f8fafc; margin: 0; }
+main { max-width: 880px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 8px; }
+h2 { font-size: 19px; margin: 0 0 4px; }
+p { margin: 0 0 12px; color: #475569; }
+section { background: white; border: 1px solid #e2e8f0; border-radius: 12px; padding: 20px 24px; margin-top: 24px; }
+svg { width: 100%; height: auto; display: block; font-family: system-ui, sans-serif; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid #e2e8f0; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 5em; }
+th { font-weight: 600; font-size: 14px; color: #64748b; }
+tr:last-child td { border-bottom: none; }
+code { font: 14px ui-monospace, monospace; }
+</style>
+</head>
+<body><main>
+<h1>$title</h1>
+<p>$summary</p>
+$sections
+</main></body>
+</html>
+"""
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` into the folder of a run or a comparison; ValueError when it is neither, or has no epoch."""
+    page = _comparison_page(folder) if (folder / FILE).exists() else _run_page(folder)
+    file = folder / "report.html"
+    write_atomically(file, page)
+    return file
+
+
+def _comparison_page(folder: Path) -> str:
+    results, comparison = open_results(folder), open_comparison(folder)
+    measures = comparison.recipe.measures
+    rows = [result_row(result, measures) for result in results]
+    histories = {
+        method: [metrics.read(run.metrics_file) for run in comparison.runs(method)] for method in comparison.methods
+    }
+    return _page(
+        title=f"{comparison.recipe.name}: {', '.join(comparison.methods)}",
+        summary=f"{_network(comparison.recipe)} {_seeds(comparison.seeds)}",
+        sections=[
+            _section("Results", _results_text(measures), _table(result_columns(measures), rows)),
+            *_figures(histories, measures[0]),
+        ],
+        recipe=comparison.recipe,
+    )
+
+
+def _run_page(folder: Path) -> str:
+    run = open_run(folder)
+    history = metrics.read(run.metrics_file)
+    if not history:
+        raise ValueError(f"the run in {folder} has not finished an epoch yet")
+    last = history[-1]
+    measures = run.recipe.measures
+    text = f"Along every path, on the test samples, after epoch {last.epoch} of {run.recipe.epochs}."
+    rows = [path_row(path, measures) for path in last.paths]
+    return _page(
+        title=f"{run.recipe.name}, method {run.method}",
+        summary=f"{_network(run.recipe)} Seed {run.seed}.",
+        sections=[
+            _section("Results", text, _table(path_columns(measures), rows)),
+            *_figures({run.method: [history]}, measures[0]),
+        ],
+        recipe=run.recipe,
+    )
+
+
+def _results_text(measures: Sequence[Measure]) -> str:
+    first, *others = [measure.title for measure in measures]
+    more = f" ({', '.join(others)} likewise)" if others else ""
+    return (
+        f"{first.capitalize()} of the chain of all blocks on the test samples after the last epoch, with its standard "
+        f"deviation over the seeds{more}; time of a run's training steps; work and span of a step in block evaluations; "
+        "the most memory a step held beyond weights, optimizer and batch; and whether its losses are local, as read off "
+        "autograd's graph: if not, how many blocks the credit of one stage crosses."
+    )
+
+
+def _figures(histories: plots.Histories, measure: Measure) -> list[str]:
+    sections = [
+        _section(
+            "Learning curves",
+            "The chain on the test samples: mean over the seeds, and the range they span.",
+            plots.learning_curves(histories, measure),
+        ),
+        _section(
+            f"{measure.title.capitalize()} by path",
+            "A path uses some of the blocks: the chain all of them, the others those that the tree leads through.",
+            plots.by_path(histories, measure),
+        ),
+    ]
+    if curves := plots.defects(histories):
+        text = (
+            "How far the last sweep of a step still moved the states, relative to their norm. With a few percent gradients "
+            "are right; with more, let it take more sweeps."
+        )
+        sections.append(_section("Defect", text, curves))
+    if heat_maps := plots.cosines(histories):
+        text = (
+            "Between each stage's gradient and backpropagation's, on the same training samples every epoch (scan: on those "
+            "that are due next). 1: the stage learns what backpropagation would teach it."
+        )
+        sections.append(_section("Cosines", text, heat_maps))
+    if heat_maps := plots.corrections(histories):
+        text = "How far each stage's target lies from what it computed, on the same training samples every epoch."
+        sections.append(_section("Corrections", text, heat_maps))
+    return sections
+
+
+def _page(title: str, summary: str, sections: list[str], recipe: Recipe) -> str:
+    rows = [[flag(option), str(value)] for option, value in asdict(recipe).items() if value is not None]
+    options = _section("Options", "What every run was trained with.", _table(["option", "value"], rows))
+    return _PAGE.substitute(title=escape(title), summary=escape(summary), sections="\n".join([*sections, options]))
+
+
+def _network(recipe: Recipe) -> str:
+    return f"{recipe.block_count} blocks of width {recipe.width}, trained for {recipe.epochs} epochs."
+
+
+def _seeds(seeds: int) -> str:
+    return "One seed." if seeds == 1 else f"{seeds} seeds."
+
+
+def _section(heading: str, text: str, content: str) -> str:
+    return f'<section><h2>{heading}</h2><p>{text}</p><div class="wide">{content}</div></section>'
+
+
+def _table(columns: Iterable[str], rows: Iterable[list[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

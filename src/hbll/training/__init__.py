@@ -1,1 +1,0 @@
-"""Training runs: the loop, their folders, their evaluation, comparison and report."""

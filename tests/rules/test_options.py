@@ -1,0 +1,152 @@
+"""The options of rules: whatever cannot be is said in one sentence, before anything is trained."""
+
+import pytest
+import torch
+from tests.networks import mlp
+from torch import nn
+
+from hbll import make_rule
+from hbll.losses import cross_entropy
+from hbll.rules import RULES
+
+LOCAL = ["dgl", "predsim", "ff", "cff", "dfa", "bll"]
+
+
+def network():
+    return mlp(8)[0]
+
+
+def test_the_table():
+    assert list(RULES) == ["paper", "tree", "scan", "stream", "greedy", "pipeline", "bp", *LOCAL]
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("papper", "paper"), ("tre", "tree"), ("bpp", "bp"), ("steam", "stream")])
+def test_the_nearest_rule_is_named(typed, meant):
+    with pytest.raises(ValueError, match=f"^unknown rule '{typed}'; did you mean {meant}"):
+        make_rule(typed, network())
+
+
+def test_all_rules_are_listed_if_none_is_near():
+    with pytest.raises(ValueError, match=f"^unknown rule '12345'; there are {', '.join(RULES)}$"):
+        make_rule("12345", network())
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "meant"),
+    [
+        ("paper", "boundry", "boundary"),
+        ("paper", "label_varaince", "label_variance"),
+        ("tree", "los", "loss"),
+        ("greedy", "stag", "stage"),
+        ("bp", "pth", "path"),
+    ],
+)
+def test_the_nearest_option_is_named(name, typed, meant):
+    with pytest.raises(ValueError, match=f"^unknown option of {name} '{typed}'; did you mean {meant}"):
+        make_rule(name, network(), **{typed: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("stream", "sweeps", 5),
+        ("paper", "credit_sweeps", 0),
+        ("tree", "tolerance", 0.1),
+        ("scan", "heads", "own"),
+        ("greedy", "noise", 0.1),
+        ("bp", "stage", 2),
+        ("bp", "engine", "loop"),
+        ("pipeline", "spine", "none"),
+        ("dgl", "rim", 0.3),
+        ("bll", "scope", "block"),
+    ],
+)
+def test_an_option_of_another_rule_is_none(name, option, value):
+    with pytest.raises(ValueError, match=f"^unknown option of {name} '{option}'; "):
+        make_rule(name, network(), **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"boundary": "left"}, "boundary is one of posterior, prior; got 'left'"),
+        ({"scope": "global"}, "scope is one of block, triplet, tree; got 'global'"),
+        ({"inversion": "newton"}, "inversion is one of none, taylor, exact; got 'newton'"),
+        ({"family": "gamma"}, "family is one of gaussian, bernoulli, categorical; got 'gamma'"),
+        ({"engine": "gpu"}, "engine is one of auto, loop, batched; got 'gpu'"),
+        ({"step": 0.0}, "step must be positive; got 0.0"),
+        ({"step": "long"}, "step is a number; got 'long'"),
+        ({"variance": -1.0}, "variance must be positive; got -1.0"),
+        ({"label_variance": float("nan")}, "label_variance must be positive; got nan"),
+        ({"noise": -0.1}, "noise must not be negative; got -0.1"),
+        ({"noise": 0.1, "family": "bernoulli"}, "noise is for Gaussian states: it would take other .*"),
+        ({"iterations": 0}, "iterations must be at least 1; got 0"),
+        ({"iterations": 2.5}, "iterations is a whole number; got 2.5"),
+        ({"inversion": "exact", "family": "categorical"}, "the exact inversion is for Gaussian states; take .*"),
+    ],
+)
+@pytest.mark.parametrize("name", ["paper", "tree"])
+def test_what_a_tree_cannot_be(name, options, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        make_rule(name, network(), **options)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "bp"])
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (0, "stage must be at least 1; got 0"),
+        (2.0, "stage is a whole number, or one for every stage; got 2.0"),
+        ("23", "stage is a whole number, or one for every stage; got '23'"),
+        ((2, 3), "stages of 2, 3 add up to 5 blocks; the network has 7"),
+    ],
+)
+def test_stages_that_cannot_be_cut(name, value, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        make_rule(name, network(), stage=value)
+
+
+@pytest.mark.parametrize("name", ["paper", "scan", "stream", "greedy", "pipeline", "bp"])
+@pytest.mark.parametrize(
+    ("value", "sentence"), [("0.3", "rim is a number; got '0.3'"), (-1.0, "rim must not be negative; got -1.0")]
+)
+def test_weights_of_the_rim_that_cannot_be(name, value, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        make_rule(name, network(), rim=value)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_loss_is_a_function(name):
+    with pytest.raises(ValueError, match=r"^loss is a function of predictions and labels; got 'ce'$"):
+        make_rule(name, network(), loss="ce")
+
+
+class Tempered(nn.Module):
+    """A loss with a temperature of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, logits, y):
+        values, weights = cross_entropy(logits * self.rate, y)
+        return values, weights
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_loss_is_trained_or_refused(name):
+    net, x, y = mlp(4)
+    loss = Tempered()
+    if name not in ("bp", *LOCAL):
+        with pytest.raises(
+            ValueError, match=r"^the loss has parameters, which this rule does not train: let the head "
+        ):
+            make_rule(name, net, loss=loss)
+        rule = make_rule(name, net, loss=loss.requires_grad_(False))
+        rule.backward(x, y)
+        assert loss.rate.grad is None
+        return
+    rule = make_rule(name, net, loss=loss)
+    assert loss in rule.own(len(rule.stages))
+    rule.backward(x, y)
+    assert loss.rate.grad.abs() > 0

@@ -1,0 +1,197 @@
+import json
+import math
+import re
+import statistics
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from hbll.recipes import RECIPES
+from hbll.train import metrics
+from hbll.train.compare import Comparison, compare, open_comparison, open_results
+from hbll.train.loop import Interrupted
+from hbll.train.report import write_report
+from hbll.train.run import Run
+from hbll.train.tables import result_columns, result_row
+
+RECIPE = RECIPES["digits"](depth=2, width=16, epochs=2, train_samples=400)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    comparison = Comparison(
+        recipe=RECIPE, methods=("paper", "bp"), seeds=2, folder=tmp_path_factory.mktemp("comparison") / "made"
+    )
+    return comparison, compare(comparison)
+
+
+def test_a_method_is_summed_up_over_its_seeds(finished):
+    comparison, results = finished
+    for result, method in zip(results, ("paper", "bp"), strict=True):
+        histories = [metrics.read(run.metrics_file) for run in comparison.runs(method)]
+        chains = [history[-1].paths[0]["accuracy"] for history in histories]
+        assert result["method"] == method
+        assert result["seeds"] == 2
+        assert result["accuracy"] == pytest.approx(statistics.mean(chains))
+        assert result["spread"] == pytest.approx(abs(chains[0] - chains[1]) / 2**0.5)
+        assert result["seconds"] == pytest.approx(sum(line.seconds for history in histories for line in history) / 2)
+        assert result["paths"][0] == {"path": "1-2-3", "blocks": 3, "accuracy": result["accuracy"]}
+        assert [path["path"] for path in result["paths"]] == ["1-2-3", "2", "2-3"]
+    # Three blocks: backpropagation's work is 3 (N - 1) and its span 2 (N - 1); the tree's span 3 D - 1.
+    assert [result["span"] for result in results] == [5, 6]
+    assert results[1]["work"] == 9
+    assert results[0]["memory"] > results[1]["memory"] > 0
+    assert [result["local"] for result in results] == ["yes", "no: crosses 3 blocks"]
+
+
+def test_methods_start_from_the_same_network(finished):
+    comparison, _ = finished
+    before = [run.recipe.initial_network(run.seed).state_dict() for run in comparison.runs("bp")]
+    assert not before[0]["head.weight"].equal(before[1]["head.weight"])
+
+
+def test_results_are_kept_with_the_comparison(finished):
+    comparison, results = finished
+    assert open_results(comparison.folder) == results
+    assert open_comparison(comparison.folder) == comparison
+
+
+def test_a_finished_comparison_is_not_trained_over_but_can_be_extended(finished):
+    comparison, results = finished
+    with pytest.raises(ValueError, match="holds a comparison already"):
+        compare(comparison)
+    steps = []
+    longer = replace(comparison, methods=("paper", "bp", "tree"))
+    extended = compare(longer, resume=True, on_step=lambda done, total: steps.append(done))
+    assert extended[:2] == results
+    assert len(steps) == 2 * 2 * 6  # the new method's: two seeds, two epochs of six steps
+    assert compare(comparison, resume=True) == results
+
+
+def test_an_interrupted_comparison_ends_as_one_that_was_not(finished, tmp_path):
+    comparison, results = finished
+    stopped = replace(comparison, folder=tmp_path / "stopped")
+    calls = iter(range(100))
+
+    def on_step(done, steps):
+        if next(calls) == 20:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        compare(stopped, on_step=on_step)
+    with pytest.raises(ValueError, match="is not finished"):
+        open_results(stopped.folder)
+    ended = compare(stopped, resume=True)
+    assert [result["paths"] for result in ended] == [result["paths"] for result in results]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"methods": ("bp", "papr")}, "did you mean paper"),
+        ({"methods": ()}, "at least one method"),
+        ({"methods": ("bp", "bp")}, "each only once"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(finished, change, sentence):
+    comparison, _ = finished
+    with pytest.raises(ValueError, match=sentence):
+        replace(comparison, **change)
+
+
+class Page(HTMLParser):
+    """Collects what a page would fetch, its text, and whether its tags are balanced."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.fetched, self.text, self.open = [], "", []
+        self.feed(content)
+
+    def handle_starttag(self, tag, attributes):
+        self.open += [tag] if tag not in ("meta", "br") else []
+        self.fetched += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.fetched += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_of_a_comparison_stands_alone_and_says_it_all(finished):
+    comparison, results = finished
+    compare(comparison, resume=True)
+    file = write_report(comparison.folder)
+    content = file.read_text()
+    page = Page(content)
+    assert file == comparison.folder / "report.html"
+    assert not page.open
+    assert all(value.startswith(("#", "data:")) for value in page.fetched)
+    assert not re.search(r"url\((?!#)|@import|<script", content)
+    for result in results:
+        assert result["method"] in page.text
+        assert f"{100 * result['accuracy']:.2f} %" in page.text
+        assert result["local"] in page.text
+    for heading in ("Learning curves", "Accuracy by path", "Corrections", "3 (chain)"):
+        assert heading in page.text
+
+
+def test_language_models_are_compared_by_bits(small_data, tmp_path):
+    recipe = RECIPES["shakespeare-gpt"](blocks=1, width=4, context=16, epochs=1, train_samples=20, batch_size=20)
+    comparison = Comparison(recipe=recipe, methods=("bp",), seeds=2, folder=tmp_path / "made", data_dir=small_data)
+    (result,) = compare(comparison)
+    bits = [metrics.read(run.metrics_file)[-1].chain["bits_per_character"] for run in comparison.runs("bp")]
+    assert result["bits_per_character"] == pytest.approx(statistics.mean(bits))
+    assert result["spread"] == pytest.approx(statistics.stdev(bits))
+    assert result["paths"][0]["cross_entropy"] == pytest.approx(result["bits_per_character"] * math.log(2))
+    assert 0 <= result["accuracy"] <= 1
+    columns = ["method", "bits per character", "spread", "cross entropy", "accuracy"]
+    assert result_columns(recipe.measures)[:5] == columns
+    row = result_row(result, recipe.measures)
+    assert row[1:3] == [f"{statistics.mean(bits):.3f}", f"± {statistics.stdev(bits):.3f}"]
+    assert row[4] == f"{100 * result['accuracy']:.2f} %"
+    page = Page(write_report(comparison.folder).read_text())
+    for text in (*columns, *row[:5], "Bits per character by path"):
+        assert text in page.text
+
+
+def test_the_page_of_a_run_shows_its_paths(finished):
+    comparison, _ = finished
+    run = comparison.runs("bp")[0]
+    page = Page(write_report(run.folder).read_text())
+    for path in metrics.read(run.metrics_file)[-1].paths:
+        assert path["path"] in page.text
+        assert f"{100 * path['accuracy']:.2f} %" in page.text
+    assert "Corrections" not in page.text  # backpropagation has none
+
+
+def test_only_runs_and_comparisons_have_pages(finished, tmp_path):
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        write_report(tmp_path)
+    (tmp_path / "configuration.json").write_text("{")
+    with pytest.raises(ValueError, match=r"configuration\.json is damaged"):
+        write_report(tmp_path)
+    run = finished[0].runs("bp")[0]
+    (tmp_path / "configuration.json").write_text(json.dumps(json.loads(run.configuration_file.read_text())))
+    with pytest.raises(ValueError, match="has not finished an epoch yet"):
+        write_report(tmp_path)
+
+
+def test_resuming_with_other_options_leaves_the_comparison_as_it_was(finished):
+    comparison, _ = finished
+    before = comparison.file.read_bytes()
+    with pytest.raises(ValueError, match=r"--width 16, not 32"):
+        compare(replace(comparison, recipe=replace(RECIPE, width=32)), resume=True)
+    assert comparison.file.read_bytes() == before
+
+
+def test_a_run_is_not_put_into_a_comparisons_folder(finished):
+    comparison, _ = finished
+    run = Run(recipe=RECIPE, method="bp", seed=0, folder=comparison.folder)
+    with pytest.raises(ValueError, match="holds a comparison"):
+        run.claim()

@@ -1,0 +1,316 @@
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hbll.recipes import RECIPES
+from hbll.rule import Rule
+from hbll.rules import RULES, make_rule
+from hbll.train import checkpoint, metrics
+from hbll.train.evaluate import evaluate_run
+from hbll.train.loop import Interrupted, train
+from hbll.train.run import Run, open_run
+
+Digits = RECIPES["digits"]
+SMALL = Digits(blocks=3, width=8, epochs=3, train_samples=300, learning_rate=1e-3)  # four steps an epoch
+
+
+class Noisy(Digits):
+    """Digits with a rule that draws random numbers in every step."""
+
+    def rule(self, method, network, example):
+        return make_rule(method, network, example, noise=0.1)
+
+
+class Shaken(Digits):
+    """Digits whose images are varied anew in every step."""
+
+    def augment(self, inputs, draw):
+        return inputs + torch.from_numpy(draw.normal(0, 0.1, inputs.shape)).float()
+
+
+class Poisoned(Digits):
+    """Digits in which one training sample is not a number."""
+
+    def load(self, data_dir):
+        splits = super().load(data_dir)
+        splits.train.inputs[70, 3] = float("nan")
+        return splits
+
+
+def run_in(folder, recipe=SMALL, method="paper", seed=0):
+    return Run(recipe=recipe, method=method, seed=seed, folder=folder)
+
+
+def outcome(run):
+    """All that a run leaves behind but the time it took."""
+    state = checkpoint.load(run.checkpoint_file)
+    lines = [replace(line, seconds=0.0) for line in metrics.read(run.metrics_file)]
+    weights = {name: tensor.tolist() for name, tensor in state["rule"].items()}
+    optimizers = state["descent"]["optimizers"]
+    moments = {
+        (number, index, name): tensor.tolist()
+        for number, optimizer in enumerate(optimizers)
+        for index, moment in optimizer["state"].items()
+        for name, tensor in moment.items()
+    }
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer["param_groups"]]
+    return weights, moments, rates, _plain(state["carry"]), state["random"].tolist(), lines
+
+
+def _plain(nest):
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.tolist, nest)
+
+
+def stop_at(step, how):
+    """An `on_step` that stops the run before that step, counted from the beginning of the run."""
+
+    def on_step(done, steps):
+        if done == step:
+            how()
+
+    return on_step
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def be_killed():
+    raise SystemError
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "step"),
+    [(SMALL, "paper", step) for step in (0, 3, 4)]
+    + [(SMALL, method, 6) for method in RULES]
+    + [
+        (replace(SMALL, schedule="cosine"), "bp", 6),
+        (replace(SMALL, schedule="linear"), "bp", 6),
+        (replace(SMALL, optimizer="muon", schedule="linear", gradient_clip=1.0), "scan", 6),
+        (Noisy(**vars(SMALL)), "paper", 6),
+        (Shaken(**vars(SMALL)), "paper", 6),
+    ],
+)
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, step):
+    whole, stopped = run_in(tmp_path / "whole", recipe, method), run_in(tmp_path / "stopped", recipe, method)
+    train(whole)
+    with pytest.raises(Interrupted):
+        train(stopped, on_step=stop_at(step, press_ctrl_c))
+    torch.manual_seed(99)  # another process would have other random numbers
+    train(stopped, resume=True)
+    assert outcome(stopped) == outcome(whole)
+
+
+def test_samples_are_varied_anew_in_every_step_and_alike_for_every_method(tmp_path):
+    seen = {}
+
+    class Watched(Shaken):
+        def augment(self, inputs, draw):
+            varied = super().augment(inputs, draw)
+            batches.append((inputs, varied))
+            return varied
+
+    for method in ("paper", "bp"):
+        batches = seen[method] = []
+        train(run_in(tmp_path / method, Watched(**vars(replace(SMALL, batch_size=300))), method))
+    changes = [varied - inputs for inputs, varied in seen["paper"]]
+    assert len(changes) == 3
+    assert all(changes[0].abs().mean() < 0.2 < (changes[0] - other).abs().sum() for other in changes[1:])
+    for (_, mine), (_, other) in zip(seen["paper"], seen["bp"], strict=True):
+        assert mine.equal(other)
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path):
+    whole, killed = run_in(tmp_path / "whole"), run_in(tmp_path / "killed")
+    train(whole)
+    with pytest.raises(SystemError):
+        train(killed, on_step=stop_at(6, be_killed))
+    assert checkpoint.load(killed.checkpoint_file)["epoch"] == 1
+    train(killed, resume=True)
+    assert outcome(killed) == outcome(whole)
+
+
+def test_a_line_written_before_its_checkpoint_is_written_once(tmp_path):
+    run = run_in(tmp_path)
+    with pytest.raises(Interrupted):
+        train(run, on_step=stop_at(6, press_ctrl_c))
+    (line,) = metrics.read(run.metrics_file)
+    metrics.append(run.metrics_file, replace(line, epoch=2))
+    train(run, resume=True)
+    assert [line.epoch for line in metrics.read(run.metrics_file)] == [1, 2, 3]
+
+
+def test_a_run_with_a_constant_rate_can_be_prolonged(tmp_path):
+    whole, prolonged = run_in(tmp_path / "whole"), run_in(tmp_path / "prolonged", replace(SMALL, epochs=1))
+    train(whole)
+    train(prolonged)
+    train(replace(prolonged, recipe=SMALL), resume=True)
+    assert outcome(prolonged) == outcome(whole)
+    assert open_run(tmp_path / "prolonged").recipe == SMALL
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    run = run_in(tmp_path)
+    train(run)
+    before = outcome(run)
+    train(run, resume=True)
+    assert outcome(run) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "option"),
+    [
+        ({"width": 16}, "--width 8, not 16"),
+        ({"learning_rate": 0.1}, "--learning-rate 0.001, not 0.1"),
+        ({"epochs": 2}, "--epochs 3, not 2"),
+        ({"schedule": "cosine"}, "--schedule constant, not cosine"),
+        ({"schedule": "cosine", "epochs": 5}, "--epochs 3, not 5"),
+    ],
+)
+def test_a_run_is_resumed_as_it_was_begun(tmp_path, change, option):
+    train(run_in(tmp_path, replace(SMALL, epochs=3)))
+    with pytest.raises(ValueError, match=option):
+        train(run_in(tmp_path, replace(SMALL, **change)), resume=True)
+
+
+def test_the_method_and_the_seed_belong_to_a_run(tmp_path):
+    train(run_in(tmp_path))
+    with pytest.raises(ValueError, match="--method paper, not bp"):
+        train(run_in(tmp_path, method="bp"), resume=True)
+    with pytest.raises(ValueError, match="--seed 0, not 1"):
+        train(run_in(tmp_path, seed=1), resume=True)
+
+
+def test_a_run_is_never_trained_over(tmp_path):
+    train(run_in(tmp_path))
+    before = outcome(run_in(tmp_path))
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(run_in(tmp_path))
+    assert outcome(run_in(tmp_path)) == before
+
+
+def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        train(run_in(tmp_path), resume=True)
+
+
+def test_the_configuration_says_what_was_run_and_with_what(tmp_path):
+    run = run_in(tmp_path)
+    train(run)
+    configuration = json.loads(run.configuration_file.read_text())
+    assert configuration["recipe"] == "digits"
+    assert configuration["options"]["train_samples"] == 300
+    assert configuration["block_count"] == 3
+    assert configuration["versions"]["torch"] == torch.__version__
+    assert configuration["engine"] in ("loop", "batched")
+    assert open_run(tmp_path) == run
+
+
+def test_a_run_of_another_version_is_told(tmp_path):
+    run = run_in(tmp_path)
+    train(run)
+    configuration = json.loads(run.configuration_file.read_text())
+    for change in ({"recipe": "letters"}, {"options": {"letters": 26}}):
+        run.configuration_file.write_text(json.dumps(configuration | change))
+        with pytest.raises(ValueError, match=r"was made by another version: .*letters.* is not known here"):
+            open_run(tmp_path)
+
+
+def test_every_epoch_is_measured(tmp_path):
+    run = run_in(tmp_path, method="bp")
+    heard = []
+    train(run, on_epoch=heard.append)
+    lines = metrics.read(run.metrics_file)
+    assert lines == heard
+    assert [line.epoch for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert [path["path"] for path in line.paths] == ["1-2-3", "2", "2-3"]
+        assert list(line.nodes) == ["1"]  # the whole network is one stage
+        assert line.nodes["1"]["cosine"] == pytest.approx(1)
+        assert (line.work, line.span) == (9, 6)  # backpropagation on three blocks: 3 (N - 1) and 2 (N - 1)
+        assert line.defect is None
+        assert line.seconds > 0
+        assert line.learning_rate == 1e-3
+    assert lines[-1].loss < lines[0].loss
+
+
+@pytest.mark.parametrize("part", ["sums", "rule", "descent"])
+def test_a_checkpoint_of_another_version_is_told(tmp_path, part):
+    run = run_in(tmp_path, method="stream")
+    train(run)
+    state = checkpoint.load(run.checkpoint_file)
+    checkpoint.save(run.checkpoint_file, state | {part: {"letters": 26}})
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors was made by another version, .*: begin a new run"):
+        train(replace(run, recipe=replace(SMALL, epochs=4)), resume=True)
+
+
+def test_a_checkpoint_of_another_version_cannot_be_evaluated(tmp_path):
+    run = run_in(tmp_path, method="bp")
+    train(run)
+    checkpoint.save(run.checkpoint_file, {"network": checkpoint.load(run.checkpoint_file)["rule"]})
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors was made by another version, .*: begin a new run"):
+        evaluate_run(tmp_path)
+
+
+def test_cost_and_defect_are_means_over_the_epoch(tmp_path, monkeypatch):
+    taken = []
+    backward = Rule.backward
+
+    def recorded(rule, x, y, scale):
+        step = backward(rule, x, y, scale)
+        taken.append((step.work, step.span, step.defect.item()))
+        return step
+
+    monkeypatch.setattr(Rule, "backward", recorded)
+    recipe = replace(SMALL, blocks=9, stage=2, sweeps=5, credit_sweeps=5, tolerance=0.02, learning_rate=3e-2)
+    run = run_in(tmp_path, recipe, method="scan")
+    train(run)
+    assert len({work for work, _, _ in taken}) > 1
+    for epoch, line in enumerate(metrics.read(run.metrics_file)):
+        means = [sum(values) / 4 for values in zip(*taken[4 * epoch : 4 * epoch + 4], strict=True)]
+        assert [line.work, line.span, line.defect] == pytest.approx(means)
+
+
+def test_the_mean_loss_of_the_first_step_is_that_of_a_guess(tmp_path):
+    # One step on everything: its loss is the untrained network's.
+    recipe = replace(SMALL, epochs=1, batch_size=300)
+    run = run_in(tmp_path, recipe, "bp")
+    train(run)
+    network, samples = recipe.initial_network(0), recipe.splits(None).train
+    loss = torch.nn.functional.cross_entropy(network(samples.inputs), samples.labels).item()
+    assert metrics.read(run.metrics_file)[0].loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_seeds_differ_in_their_order_and_epochs_too(tmp_path):
+    # With a rate that changes nothing, the losses differ by which 200 of the 300 samples an epoch takes first.
+    recipe = replace(SMALL, learning_rate=1e-30, weight_decay=0.0, batch_size=200)
+    run = run_in(tmp_path, recipe, "bp")
+    train(run)
+    losses = [line.loss for line in metrics.read(run.metrics_file)]
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, method):
+    run = run_in(tmp_path, Poisoned(**vars(SMALL)), method)
+    with pytest.raises(ValueError, match=r"NaN or infinite in step \d of epoch 1, first (at|in the weights of) "):
+        train(run)
+    state = checkpoint.load(run.checkpoint_file)
+    assert (state["epoch"], state["position"]) == (0, 0)
+    assert all(tensor.isfinite().all() for tensor in state["rule"].values())
+    assert metrics.read(run.metrics_file) == []
+
+
+def test_a_run_that_diverges_later_keeps_the_epochs_it_had(tmp_path):
+    run = run_in(tmp_path)
+    train(replace(run, recipe=replace(SMALL, epochs=1)))
+    state = checkpoint.load(run.checkpoint_file)
+    state["rule"]["network.blocks.1.linear.weight"].fill_(3e38)  # finite, unlike what it makes of any state
+    checkpoint.save(run.checkpoint_file, state)
+    with pytest.raises(ValueError, match="in step 1 of epoch 2, first at block 2; the last good checkpoint is kept"):
+        train(run, resume=True)
+    assert checkpoint.load(run.checkpoint_file)["epoch"] == 1
+    assert len(metrics.read(run.metrics_file)) == 1

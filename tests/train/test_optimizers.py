@@ -1,0 +1,80 @@
+"""Optimizers by name: who moves what."""
+
+import pytest
+import torch
+from tests.networks import convolutional, residual, transformer
+from torch.optim import AdamW, Muon
+
+import hbll
+from hbll.recipes import RECIPES
+from hbll.train import fit, make_optimizers
+
+
+def names_of(rule, optimizer):
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    return {name for name, p in rule.named_parameters() if p in held}
+
+
+def test_adamw_moves_everything():
+    rule = hbll.make_rule("scan", residual()[0], guess="tree")
+    (optimizer,) = make_optimizers(rule, "adamw", 1e-2, 0.1)
+    assert isinstance(optimizer, AdamW)
+    assert names_of(rule, optimizer) == dict(rule.named_parameters()).keys()
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "beside"),
+    [
+        (hbll.make_rule("paper", residual()[0]), []),
+        (hbll.make_rule("greedy", residual()[0]), []),  # whose heads are no blocks
+        (hbll.make_rule("predsim", residual()[0], torch.zeros(1, 5).double()), []),  # nor are its maps
+        (hbll.make_rule("scan", residual()[0], guess="tree"), ["jumps"]),  # but jumps are copies of blocks
+        (hbll.make_rule("stream", transformer()[0]), []),
+    ],
+)
+def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest(rule, beside):
+    muon, adamw = make_optimizers(rule, "muon", 1e-2, 0.1)
+    assert (type(muon), type(adamw)) == (Muon, AdamW)
+    inside = {
+        name
+        for name, p in rule.named_parameters()
+        if p.ndim == 2 and (name.startswith("network.blocks.") or any(word in name for word in beside))
+    }
+    assert names_of(rule, muon) == inside
+    assert inside
+    assert names_of(rule, adamw) == dict(rule.named_parameters()).keys() - inside
+    for optimizer in (muon, adamw):
+        assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-2, 0.1)
+
+
+def test_a_pointwise_convolution_of_the_conv_net_is_a_matrix():
+    recipe = RECIPES["cifar10-conv"](width=4, blocks=2)
+    rule = recipe.rule("paper", recipe.network(), None)
+    muon, _ = make_optimizers(rule, "muon", 1e-2, 0.1)
+    expected = {f"network.blocks.{n}.{part}.weight" for n in range(2) for part in ("expand", "project")}
+    assert names_of(rule, muon) == expected
+
+
+def test_updates_of_muon_are_as_large_as_those_of_adamw():
+    # An orthogonal matrix of width w has elements of 1 / sqrt(w): times 0.2 sqrt(w) they are AdamW's usual 0.2.
+    network, _, _ = residual(3)
+    x, y = torch.randn(64, 5).double(), torch.arange(64) % 3
+    rule = hbll.make_rule("bp", network)
+    before = [block.linear.weight.detach().clone() for block in network.blocks]
+    fit(rule, [(x, y)], make_optimizers(rule, "muon", 1e-2, 0.0))
+    for block, old in zip(network.blocks, before, strict=True):
+        update = (block.linear.weight - old) / 1e-2
+        values = torch.linalg.svdvals(update / (0.2 * 6**0.5))
+        assert ((values > 0.5) & (values < 1.3)).all()  # about 1, as five Newton-Schulz iterations leave them
+
+
+def test_blocks_without_matrices_are_for_adamw():
+    rule = hbll.make_rule("bp", convolutional(3)[0])
+    with pytest.raises(ValueError, match="muon moves the matrices inside blocks, and these have none: take adamw"):
+        make_optimizers(rule, "muon", 1e-2, 0.1)
+
+
+def test_an_unknown_optimizer_is_one_sentence():
+    with pytest.raises(ValueError, match="unknown optimizer 'moun'; did you mean muon"):
+        make_optimizers(hbll.make_rule("bp", residual(3)[0]), "moun", 1e-2, 0.1)
