@@ -8,7 +8,8 @@ a line of OUT/full_depth.jsonl; a run whose last line stands there is not made a
 network, optimizer (AdamW, cosine schedule, no augmentation unless --augment), --learning-rates and budget; only the rule
 differs.
 The whole test set is used. Cosines are between a stage's update and backpropagation's on 256 training samples; of `scan`
-from states computed ahead, on the batch that is due after a line's last step.
+from states computed ahead, on the batch that is due after a line's last step. MiB are the peak of a step by rule.backward,
+beside weights, gradients and optimizer (until commit a4cb712 with the gradients).
 """
 
 import argparse
@@ -21,11 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ledger
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 import hbll
@@ -206,6 +205,8 @@ class Subwords(Characters):
         self.text, self.test = (self.tokens[part].to(device) for part in ("train", "test"))
 
     def read(self, data_dir: Path) -> Tensor:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # an extra, which this task alone needs
+
         lines = {
             part: (data_dir / "wikitext-2" / f"wiki.{part}.tokens").read_text().splitlines(keepends=True)
             for part in ("train", "test")
@@ -318,6 +319,8 @@ def plot(lines: list[dict], file: Path) -> None:
 
     Each is shown at the learning rate that suits it best.
     """
+    import matplotlib.pyplot as plt  # an extra, which the picture alone needs
+
     last = [line for line in lines if line["step"] == line["of"]]
     depths = sorted({line["blocks"] for line in last})
     figure, axes = plt.subplots(

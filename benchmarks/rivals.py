@@ -5,7 +5,8 @@
 
 Rules share data, order, augmentation, initial network, AdamW and its schedule. A rule's rate is the one of --rates at which
 one epoch over --tune-samples gives the highest accuracy on 2,000 training samples that no run trains on; test samples decide
-nothing. The table is of --seeds runs at that rate. Finished runs in OUT are not made again.
+nothing. The table is of --seeds runs at that rate. Finished runs in OUT are not made again. MiB are the peak of a step by
+rule.backward, beside weights, gradients and optimizer (until commit a4cb712 with the gradients).
 """
 
 import argparse

@@ -132,7 +132,9 @@ class _AttachGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]  (the decorator hides the name ctx)
-        gradients = tuple(torch._foreach_mul(ctx.saved_tensors, grad_outputs[0]))
+        gradients, factor = ctx.saved_tensors, grad_outputs[0]
+        if factor.device.type != "cpu" or factor != 1:  # elsewhere a look would wait for the device
+            gradients = tuple(torch._foreach_mul(gradients, factor))
         return (None, None, *gradients, *(None for _ in gradients))
 
 
@@ -364,6 +366,8 @@ class Rule(nn.Module, ABC):
         Raises:
             ValueError: it is of other stages, or of another rule.
         """
+        if state and "kept" not in state:
+            raise ValueError("this is not what rule.carry() gave: it holds nothing as 'kept'")
         kept, sizes = state.get("kept", {}), [len(stage.blocks) for stage in self.stages]
         if kept and state["stages"] != sizes:
             there, here = (", ".join(map(str, listed)) for listed in (state["stages"], sizes))

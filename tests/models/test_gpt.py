@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.test_objective import assert_equal_gradients, gradients
+from tests.networks import assert_equal_gradients, gradients
 
 import hbll
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
@@ -99,8 +99,8 @@ def test_the_head_by_hand():
 @pytest.mark.parametrize("engine", ["loop", "batched"])
 def test_scan_trains_it_exactly(engine):
     torch.manual_seed(0)
-    net = hbll.TreeNetwork(GPTEmbed(11, 8, 6), [GPTBlock(6, 2) for _ in range(4)], GPTHead(11, 6)).double()
+    net = hbll.Chain(GPTEmbed(11, 8, 6), [GPTBlock(6, 2) for _ in range(4)], GPTHead(11, 6)).double()
     x, y = torch.randint(11, (2, 2, 5))
-    step = hbll.Objective("scan", guess="mean", stage=2, sweeps=2, credit_sweeps=2, engine=engine)(net, x, y)
+    step = hbll.make_rule("scan", net, guess="mean", stage=2, sweeps=2, credit_sweeps=2, engine=engine)(x, y)
     exact = F.cross_entropy(net(x).flatten(0, 1), y.flatten())
     assert_equal_gradients(gradients(net, step.loss), gradients(net, exact))

@@ -1,6 +1,5 @@
 import torch
 
-from hbll.cuts import SequentialNetwork, parts
 from hbll.models.resnet import BasicBlock, resnet18
 
 
@@ -16,16 +15,15 @@ def test_resnet_18_has_its_published_number_of_parameters():
 
 
 def test_states_halve_in_size_and_double_in_channels():
-    network = SequentialNetwork(*resnet18(4))
-    *body, head = parts(network)
+    *body, head = resnet18(4)
     assert len(body) == 9
     state, shapes = torch.randn(2, 3, 32, 32), []
-    for part in body:
-        state = part.module(state)
+    for module in body:
+        state = module(state)
         shapes.append(tuple(state.shape[1:]))
     pixels = [(4, 32, 32)] * 3 + [(8, 16, 16)] * 2 + [(16, 8, 8)] * 2 + [(32, 4, 4)] * 2
     assert shapes == pixels
-    assert head.module(state).shape == (2, 10)
+    assert head(state).shape == (2, 10)
 
 
 def test_a_basic_block_adds_to_its_skip():

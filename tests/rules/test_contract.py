@@ -127,8 +127,8 @@ class Contract:
     def test_forward_equals_backward(self, kind):
         if kind == "transformer" and not self.tokens:
             pytest.skip("labels are of samples")
-        options = {} if kind == "mlp" else self.in_a_loop()
-        one, other = (self.make_rule(KINDS[kind][0](6)[0], **options) for _ in range(2))
+        options = {} if kind == "mlp" else self.short() | self.in_a_loop()
+        one, other = (self.make_rule(KINDS[kind][0](6 if kind == "mlp" else 4)[0], **options) for _ in range(2))
         for seed, (x, y) in enumerate(batches(FILL, kind)):
             (step, found), (twin, expected) = (
                 step_gradients(rule, x, y, way, seed) for rule, way in ((one, "forward"), (other, "backward"))
@@ -264,7 +264,7 @@ class Contract:
 
     # How it is evaluated
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", ["mlp", "transformer"])
     def test_autocast(self, kind):
         if kind == "transformer" and not self.tokens:
             pytest.skip("labels are of samples")
@@ -346,6 +346,12 @@ class Contract:
         network = contextual(lambda mask: {"mask": mask}, trained=True)
         apart = contextual(lambda mask: {"mask": mask.detach()}, trained=True)
         rule, twin = self.made(network), self.made(apart)
+        if rule.late:
+            with pytest.raises(
+                ValueError, match="an asynchronous pipeline gives no credit: let embed return it detached"
+            ):
+                rule(*batches(1)[0])
+            return
         for seed, (x, y) in enumerate(batches(FILL)):
             found, expected = (step_gradients(each, x, y, seed=seed)[1] for each in (rule, twin))
         assert all(g.isfinite().all() for g in found.values())

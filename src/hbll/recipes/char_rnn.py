@@ -34,10 +34,10 @@ class CharRnn(Recipe):
     """Passes over the training samples."""
 
     learning_rate: float = 2e-3
-    """AdamW's, at its highest."""
+    """The optimizer's, at its highest."""
 
     weight_decay: float = 1e-4
-    """AdamW's."""
+    """The optimizer's."""
 
     gradient_clip: float | None = 5.0
     """Norm that the gradients of the network, and those of the rule's own weights, are cut down to."""

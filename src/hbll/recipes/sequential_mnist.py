@@ -39,7 +39,7 @@ class SequentialMnist(Recipe):
     """Samples of a step. What an epoch leaves over, fewer than that, waits for the next."""
 
     weight_decay: float = 1e-4
-    """AdamW's."""
+    """The optimizer's."""
 
     gradient_clip: float | None = 5.0
     """Norm that the gradients of the network, and those of the rule's own weights, are cut down to."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hbll.losses import Loss, cross_entropy, mean_loss
+from hbll.names import check_number
 from hbll.network import Chain, apply
 from hbll.rule import Rule, StageLoss, Step
 from hbll.rules.rim import rim_loss
@@ -30,8 +31,7 @@ class Backpropagation(Rule):
         loss: Loss = cross_entropy,
     ) -> None:
         super().__init__(network, stage=None, loss=loss)
-        if not rim >= 0:
-            raise ValueError(f"rim must not be negative; got {rim}")
+        check_number("rim", rim, least=0.0)
         self.path = network.resolve(path)
         self.rim = rim
 

@@ -217,6 +217,9 @@ class States(nn.Module, ABC):
     graphs_meet = False
     """Whether the graphs of several stages' losses have parts in common."""
 
+    pipelined = False
+    """Whether stages are evaluated on different mini-batches."""
+
     embed_read_once = True
     """Whether the embedded input is done with once the first stage has moved."""
 
@@ -240,6 +243,9 @@ class States(nn.Module, ABC):
 
 class Credit(nn.Module, ABC):
     """Estimates of how each state ought to move to lower the loss."""
+
+    takes_pipelined = False
+    """Whether stages may be evaluated on different mini-batches."""
 
     pulls_back = False
     """Whether gradients are pulled back through the fronts' own evaluations."""
@@ -291,6 +297,11 @@ class Composed(Rule):
         super().__init__(network, stage=stage, loss=loss)
         check_number("rim", rim, least=0.0)
         check_choice("engine", engine, ("auto", "loop", "batched"))
+        if states.pipelined and not credit.takes_pipelined:
+            raise ValueError(
+                f"{type(states).__name__} hold a mini-batch for every stage, which {type(credit).__name__} cannot answer: "
+                "take a spine, or late credit"
+            )
         self.rim = rim
         self.choice: EngineChoice = engine
         self._evaluated: Cut | None = None

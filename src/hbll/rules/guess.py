@@ -129,7 +129,7 @@ class TreeGuess(Guess):
         for level, parents in enumerate(levels, 1):
             for group in self.engine.groups(list(parents)):
                 inputs = stack([found[parents[n]] for n in group])
-                with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+                with torch.set_grad_enabled(self.training or step.look):
                     evaluation = self.engine(group, inputs, [batch.context] * len(group))
                 check_shape(f"jump {group[0]}", evaluation.outputs[0], inputs[0])
                 step.count(len(group), level)
@@ -139,7 +139,7 @@ class TreeGuess(Guess):
 
     def learn(self, cut: Cut, guessed: Guessed, states: Tensor, step: Step) -> Iterator[StageLoss]:
         parameters = [p for p in self.jumps.parameters() if p.requires_grad]
-        if not (self.training and parameters):
+        if not ((self.training or step.look) and parameters):
             return
         errors = [
             F.mse_loss(wide(evaluation.outputs), wide(states[[n - 1 for n in group]]), reduction="sum")

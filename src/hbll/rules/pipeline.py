@@ -29,6 +29,8 @@ class LateCredit(Credit):
         loss: the label's loss.
     """
 
+    takes_pipelined = True
+
     def __init__(self, loss: Loss) -> None:
         super().__init__()
         self.loss = loss
@@ -55,7 +57,9 @@ class LateCredit(Credit):
                     )
                 if n == 1:
                     waiting.setdefault(0, []).append(own_copy(batch.x))
-                waiting.setdefault(n, []).append(own_copy({"state": state, "context": dict(batch.context)}))
+                # Of the first stage it may be what the loader gave, whose buffers it may use again.
+                own = own_copy(state) if n == 1 else state
+                waiting.setdefault(n, []).append({"state": own, "context": own_copy(dict(batch.context))})
             if front.stages[-1] == cut.last:
                 at_head = front.outputs[-1], front.batches[-1]
         if at_head is not None:
@@ -74,7 +78,7 @@ class LateCredit(Credit):
             outputs = cut.engine((n,), state.unsqueeze(0), [left["context"]]).outputs
             moved = attach_gradients(wide(gradient).new_zeros(()), [outputs], [gradient.unsqueeze(0)])
             yield StageLoss(n, moved, leaves=(state,))
-            handed_on[n - 1] = torch.zeros_like(state) if state.grad is None else wide(state.grad) / step.scale
+            handed_on[n - 1] = torch.zeros_like(state) if state.grad is None else _unscaled(state.grad, step)
             del outputs, moved, state
             blocks = cut.size([n])
             # The last stage's gradient is there when its output is, the others' since the step before.
@@ -88,6 +92,11 @@ class LateCredit(Credit):
 
     def carries(self) -> Mapping[str, Carry]:
         return {"late": self.flight}
+
+
+def _unscaled(gradient: Tensor, step: Step) -> Tensor:
+    # The scale may be another when it arrives.
+    return gradient if isinstance(step.scale, float) and step.scale == 1.0 else wide(gradient) / step.scale
 
 
 class Pipeline(Composed):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hbll.carry import Carry
 from hbll.cut import cut
+from hbll.engine import stack
 from hbll.losses import Loss, cross_entropy
 from hbll.modes import evaluating
 from hbll.names import check_choice, check_number
@@ -63,10 +64,11 @@ class ScanStates(States):
         due = guessed.batch
         states, clock = self.sweep(cut, due, guessed.states, self.sweeps - 1, self.tolerance, guessed.clock, step)
         inputs = _inputs(due, states, cut)
+        given = [due.state, *inputs[1:].unbind(0)]  # the first with the way back to the embed
         fronts, rows = [], {}
-        for group in cut.engine.partition(cut.nodes, inputs.unbind(0)):
+        for group in cut.engine.partition(cut.nodes, given):
             nodes = tuple(cut.nodes[p] for p in group)
-            front = cut.front(nodes, (), inputs[group], [due] * len(nodes), clock, step)
+            front = cut.front(nodes, (), stack([given[p] for p in group]), [due] * len(nodes), clock, step)
             check_shape(cut.stages[nodes[0] - 1].title, front.outputs[0], inputs[0])
             fronts.append(front)
             rows.update(zip(group, front.outputs.unbind(0), strict=True))
@@ -90,7 +92,7 @@ class ScanStates(States):
         """The outputs h_1 .. h_S of all stages, (S, B, ...), after that many sweeps without graph from guessed ones, and the
         span at which they are there."""
         for _ in range(sweeps):
-            inputs = _inputs(batch, states, cut).detach()
+            inputs = _inputs(batch, states, cut)
             outputs = cut.peek(cut.nodes, inputs.unbind(0), [batch] * cut.last)
             clock += cut.depth(cut.nodes)
             step.count(cut.size(cut.nodes), clock)
@@ -107,7 +109,7 @@ class ScanStates(States):
 
 
 def _inputs(batch: Batch, states: Tensor, cut: Cut) -> Tensor:
-    return torch.cat([batch.state.unsqueeze(0), states[: cut.last - 1]])
+    return torch.cat([batch.state.detach().unsqueeze(0), states[: cut.last - 1]])
 
 
 class ScanCredit(Credit):

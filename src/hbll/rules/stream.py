@@ -49,6 +49,8 @@ class StreamStates(States):
         with_graph: whether the fronts have graphs.
     """
 
+    pipelined = True
+
     def __init__(self, with_graph: bool = True) -> None:
         super().__init__()
         self.with_graph = with_graph
@@ -102,6 +104,8 @@ class SpineCredit(Credit):
         heads: those of all stages but the last; none for the network's own.
         kind, share: as of ``Stream``.
     """
+
+    takes_pipelined = True
 
     def __init__(self, loss: Loss, kind: Spine, share: float, heads: Sequence[nn.Module]) -> None:
         super().__init__()

@@ -182,20 +182,25 @@ class ArcCredit(Credit):
     def losses(self, fronts: Iterator[Front], cut: Cut, targets: Targets, step: Step) -> Iterator[StageLoss]:
         waiting: list[Front] = []
         walks: list[Walk] = []
+        arrivals: dict[int, int] = {}
         for front in fronts:
             waiting.append(front)
             del front
             while ready := [i for i, f in enumerate(waiting) if all(self._known(cut, targets, n) for n in f.stages)]:
                 walks.append(Walk.of(waiting[ready[0]]))
-                yield self._answer(waiting.pop(ready[0]), cut, targets, step)
-        count_walks(walks, {n: target.depth for n, target in targets.items()}, cut, step)
+                yield self._answer(waiting.pop(ready[0]), cut, targets, arrivals, step)
+        if waiting:
+            raise ValueError(
+                "arcs need states of one batch that are known node by node, as those of the tree or of the chain are"
+            )
+        count_walks(walks, arrivals, cut, step)
 
     @staticmethod
     def _known(cut: Cut, targets: Targets, node: int) -> bool:
         right = cut.tree.right(node)
         return right > cut.last or right in targets
 
-    def _answer(self, front: Front, cut: Cut, targets: Targets, step: Step) -> StageLoss:
+    def _answer(self, front: Front, cut: Cut, targets: Targets, arrivals: dict[int, int], step: Step) -> StageLoss:
         """The loss that moves a front's stages to their targets, or along their gradients, and trains their right arcs.
 
         One backward walk gives the gradients of all arcs, in the states and in the parameters.
@@ -205,18 +210,20 @@ class ArcCredit(Credit):
         outputs, evaluation = front.outputs, front.evaluation.outputs
         seen = [Seen.of(arc, outputs, front.stages) for arc in self._arcs(front, cut, batch, family, targets)]
         total = torch.cat([s.errors.mean for s in seen]).sum()
-        parameters = [p for s in seen for p in s.prediction.parameters]
+        trained = [*(p for s in seen for p in s.prediction.parameters), *batch.context_leaves]
         found = torch.autograd.grad(
             total,
-            [*(s.prior for s in seen), *parameters],
+            [*(s.prior for s in seen), *trained],
             retain_graph=self.inversion == "exact",
             materialize_grads=True,  # a block may own parameters that it does not use
         )
         gradients: dict[int, Tensor] = {}
         for s, gradient in zip(seen, found, strict=False):
-            self._target(s, gradient, family, front.depth, targets, step)
+            known = self._target(s, gradient, family, front.depth, targets, step)
             gradients.update(zip(s.arc.nodes, gradient.unbind(0), strict=True))
-        loss = attach_gradients(total, parameters, found[len(seen) :])
+            # In block scope a node moves to its target, and else along its gradient.
+            arrivals.update((n, targets[n].depth if self.scope == "block" else known) for n in s.arc.nodes)
+        loss = attach_gradients(total, trained, found[len(seen) :])
         through = (total,) if step.look else ()
         if self.scope == "block":
             target = wide(stack([targets[n].value for n in front.stages]))
@@ -288,13 +295,15 @@ class ArcCredit(Credit):
         factor = weights.sum().clamp_min(1).reshape(1) * tokens / labels
         return Errors(mean, per_sample((values * weights).unsqueeze(0)), factor)
 
-    def _target(self, seen: Seen, gradient: Tensor, family: Family, depth: int, targets: Targets, step: Step) -> None:
-        """Finds the targets of an arc's nodes from the gradient of its errors in their states."""
+    def _target(self, seen: Seen, gradient: Tensor, family: Family, depth: int, targets: Targets, step: Step) -> int:
+        """Finds the targets of an arc's nodes from the gradient of its errors in their states; returns the span at which the
+        gradient was there."""
         arc, prior = seen.arc, seen.prior
         depth += arc.length
         step.count(arc.blocks, depth)
         depth = max(depth, arc.known) + arc.length
         step.count(arc.blocks * (2 if seen.prediction.parameters else 1), depth)
+        known = depth
         own = seen.errors.own(gradient)
         if self.inversion == "none":
             target = prior.detach()
@@ -316,6 +325,7 @@ class ArcCredit(Credit):
             step.label_loss = self.label_variance * seen.errors.mean[0].detach()
         if step.look:
             self._diagnose(arc, prior, target, family, step)
+        return known
 
     def _diagnose(self, arc: Arc, prior: Tensor, target: Tensor, family: Family, step: Step) -> None:
         with torch.no_grad():
@@ -380,7 +390,8 @@ class Tree(Composed):
         for name, value in (("step", step), ("variance", variance), ("label_variance", label_variance)):
             check_number(name, value, above=0)
         check_number("iterations", iterations, least=1)
-        check_number("noise", noise, least=0.0)
+        for name, value in (("noise", noise), ("rim", rim)):
+            check_number(name, value, least=0.0)
         if noise and family != "gaussian":
             raise ValueError("noise is for Gaussian states: it would take other families' means out of their range")
         if inversion == "exact" and family != "gaussian":

@@ -70,7 +70,7 @@ def fit(
             To a pipeline each is a step of its own.
         clip: norm that the gradients of the network, and those of the rule's own parameters, are each cut down to; or for
             every optimizer the norm that the gradients of what it holds are cut down to, or None.
-        schedule: a schedule of learning rates, or several; all go on after each training step.
+        schedule: a schedule of learning rates, or several; all go on after each training step on a new batch.
         drain: whether batches that are still in flight after the last one pass through, so that every stage has learned from
             every batch; a step each.
         on_step: called after each training step with their number so far, from 1, and the step (of its last batch).
@@ -149,7 +149,12 @@ class Descent:
         scaled = self.scaler.is_enabled()
         scale = self.scaler.scale(torch.tensor(share, device=self.device)) if scaled else share
         steps = [self._gradients(*self._moved(batch), scale) for batch in batches]
-        self._descend()
+        moved = self._descend()
+        if moved and batches != (
+            (None, None),
+        ):  # a schedule is of so many batches: it stands still while a pipeline drains
+            for schedule in self.schedules:
+                schedule.step()
         return steps
 
     def _moved(self, batch: Batch) -> Batch:
@@ -175,16 +180,15 @@ class Descent:
         lower = _LOWER.get(self.precision)
         return torch.autocast(self.device.type, lower) if lower else nullcontext()
 
-    def _descend(self) -> None:
-        """Moves the parameters along their gradients."""
+    def _descend(self) -> bool:
+        """Moves the parameters along their gradients; whether it did, and they were finite."""
         if self.scaler.is_enabled() and not self._unscaled():
-            return
+            return False
         for parameters, limit in self._limits():
             clip_grad_norm_(parameters, limit)
         for optimizer in self.optimizers:
             optimizer.step()
-        for schedule in self.schedules:
-            schedule.step()
+        return True
 
     def _unscaled(self) -> bool:
         """Takes the scale out of the gradients and adapts it; whether it left all of them finite.

@@ -29,7 +29,7 @@ def step_memory(rule: Rule, x: Any, y: Any, by: Literal["backward", "forward"] =
             taken = rule(x, y)  # held on to, as a training loop does
             taken.loss.backward()
 
-    for _ in range(len(rule.stages) + 1 if rule.carries() else 1):  # what is kept from step to step is not the step's
+    for _ in range(2 * len(rule.stages) + 1 if rule.carries() else 1):  # a step's own: pipelines are full
         step()
     for parameter in rule.parameters():
         if parameter.requires_grad:
@@ -44,8 +44,8 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
     process would tell nothing of each, every storage made by an operation is followed until it is freed; scratch memory
     within an operation is not seen.
     """
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()

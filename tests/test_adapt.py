@@ -1,0 +1,200 @@
+"""Models of others, cut at their modules. Oracle: the model itself, its modules, function and gradients."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hbll
+
+
+class Model(nn.Module):
+    """Of others: nested, with a function and a parameter of its own between the modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"stem": nn.Linear(5, 6), "layers": nn.Sequential(*(self.layer() for _ in range(3)))})
+        self.gain = nn.Parameter(torch.rand(6))
+        self.norm, self.fc = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    @staticmethod
+    def layer():
+        return nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh())
+
+    def forward(self, x):
+        state = F.relu(self.body["stem"](x))
+        return self.fc(F.silu(self.norm(self.body["layers"](state)) * self.gain))
+
+
+STARTS = ["body.layers.0", "body.layers.1", "body.layers.2", "norm"]
+
+
+def model(kind=Model):
+    torch.manual_seed(0)
+    return kind().double(), torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+
+
+class TestModelsOfOthers:
+    """A model that is cut is the model: its modules, its function, its gradients."""
+
+    def test_it_shares_modules_and_computes_the_same(self):
+        whole, x, y = model()
+        net = hbll.Chain.cut(whole, STARTS)
+        assert list(net.blocks) == list(whole.body["layers"])  # the user's own modules
+        assert set(net.parameters()) == set(whole.parameters())
+        torch.testing.assert_close(net(x), whole(x), rtol=0, atol=0)
+        hbll.make_rule("bp", net)(x, y).loss.backward()
+        found = {p: p.grad.clone() for p in whole.parameters()}
+        whole.zero_grad()
+        F.cross_entropy(whole(x), y).backward()
+        for parameter, gradient in found.items():
+            torch.testing.assert_close(gradient, parameter.grad)
+        assert whole.body["layers"][0][1].num_batches_tracked == 4
+
+    @pytest.mark.parametrize("rule", ["paper", "stream", "dgl"])
+    def test_every_rule_trains_it(self, rule):
+        whole, x, y = model()
+        before = copy.deepcopy(whole.state_dict())
+        rule = hbll.make_rule(rule, hbll.Chain.cut(whole, STARTS), example=x)
+        optimizer = torch.optim.SGD(rule.parameters(), lr=0.1)
+        for _ in range(6):
+            rule.backward(x, y)
+        optimizer.step()
+        assert all(not torch.equal(parameter, before[name]) for name, parameter in whole.named_parameters())
+
+    def test_functions_between_modules_go_with_the_one_before(self):
+        class Plain(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 3)
+
+            def forward(self, x):
+                return self.c(F.relu(self.b(F.relu(self.a(x))))) * 2
+
+        whole, x, _ = model(Plain)
+        net = hbll.Chain.cut(whole, ["b", "c"])
+        torch.testing.assert_close(net.embed(x), F.relu(whole.a(x)))
+        torch.testing.assert_close(net.blocks[0](net.embed(x)), F.relu(whole.b(F.relu(whole.a(x)))))
+        torch.testing.assert_close(net(x), whole(x))
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_a_sequential(self, nested):
+        torch.manual_seed(0)
+        layers = [nn.Linear(5, 6), *(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)), nn.Linear(6, 3)]
+        whole = nn.Sequential(layers[0], nn.Sequential(*layers[1:4]), layers[4]) if nested else nn.Sequential(*layers)
+        starts = ["1.0", "1.1", "1.2", "2"] if nested else ["1", "2", "3", "4"]
+        net = hbll.Chain.cut(whole, starts, feature_dim=-1)
+        assert [net.embed, *net.blocks, net.head] == layers
+        assert net.feature_dim == -1
+        # Two of the layers in one block.
+        x = torch.randn(4, 5)
+        wide = hbll.Chain.cut(whole, [starts[0], starts[2], starts[3]])
+        assert [len(list(block.parameters())) for block in wide.blocks] == [4, 2]
+        torch.testing.assert_close(wide(x), whole(x), rtol=0, atol=0)
+
+    def test_modes_and_copies_follow(self, tmp_path):
+        whole, x, _ = model()
+        net = hbll.Chain.cut(whole, STARTS)
+        assert whole.training  # as it was
+        for duplicate in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            torch.testing.assert_close(duplicate.eval()(x), whole.eval()(x))
+            assert not set(duplicate.parameters()) & set(whole.parameters())
+        net.save(tmp_path)
+        other = hbll.Chain.cut(Model().double(), STARTS)
+        other.load(tmp_path)
+        torch.testing.assert_close(other.eval()(x), net.eval()(x))
+
+    @pytest.mark.parametrize(
+        ("starts", "sentence"),
+        [
+            (["body.layer.0", "norm"], "unknown module 'body.layer.0'; did you mean body.layers.0"),
+            (["norm"], "name the modules that start each block, and the one that starts the head: two at least"),
+            ([], "two at least"),
+            (
+                ["body.layers.1", "body.layers.0", "norm"],
+                "runs through these modules in another order: body.layers.1, ",
+            ),
+            (["body.layers.1", "body.layers.1", "norm"], "another order"),
+            (["body.stem", "body.layers.0", "norm"], "nothing lies before body.stem: the embed would be empty"),
+        ],
+    )
+    def test_cuts_that_cannot_be(self, starts, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            hbll.Chain.cut(model()[0], starts)
+
+    def test_more_than_one_state_across_a_cut(self):
+        class Skipping(Model):
+            def forward(self, x):
+                stem = self.body["stem"](x)
+                return self.fc(self.norm(self.body["layers"](stem)) + stem)
+
+        with pytest.raises(
+            ValueError, match=r"more than one state crosses a cut of the model \(.*\): move the cut, or cut"
+        ):
+            hbll.Chain.cut(model(Skipping)[0], STARTS)
+
+        class Looking(Model):
+            def forward(self, x):
+                state = self.body["layers"](self.body["stem"](x))
+                return self.fc(self.norm(state)), state
+
+        with pytest.raises(ValueError, match="more than one state crosses a cut"):
+            hbll.Chain.cut(model(Looking)[0], STARTS)
+
+    def test_a_module_that_the_model_does_not_call(self):
+        class Idle(Model):
+            def forward(self, x):
+                return self.fc(self.body["layers"](self.body["stem"](x)))
+
+        with pytest.raises(ValueError, match="the model does not call norm"):
+            hbll.Chain.cut(model(Idle)[0], STARTS)
+
+    def test_a_model_that_decides_by_values(self):
+        class Branching(Model):
+            def forward(self, x):
+                return super().forward(x if x.sum() > 0 else -x)
+
+        with pytest.raises(ValueError, match=r"^a Branching does more than hand one tensor on \(.*hbll.part"):
+            hbll.Chain.cut(model(Branching)[0], STARTS)
+
+    def test_a_model_that_is_another_one_in_training(self):
+        class Dropping(Model):
+            def forward(self, x):
+                return super().forward(F.dropout(x, 0.5, self.training))
+
+        with pytest.raises(ValueError, match=r"depends on whether it trains, as F.dropout.* make that a module"):
+            hbll.Chain.cut(model(Dropping)[0], STARTS)
+
+    def test_what_is_not_sequential_is_cut_by_hand(self):
+        # A mask reaches every block as context; the layers are the model's own.
+        class Masked(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+                self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+            def layer(self, i, state, mask):
+                return state + torch.tanh(self.layers[i](state)) * mask
+
+            def forward(self, x):
+                mask, state = (x[:, :1] > 0).to(x), self.stem(x)
+                for i in range(3):
+                    state = self.layer(i, state, mask)
+                return self.head(state)
+
+        whole, x, y = model(Masked)
+        net = hbll.Chain(
+            hbll.part(lambda x: (whole.stem(x), {"mask": (x[:, :1] > 0).to(x)}), whole.stem),
+            [hbll.part(lambda z, mask, i=i: whole.layer(i, z, mask), layer) for i, layer in enumerate(whole.layers)],
+            whole.head,
+        )
+        torch.testing.assert_close(net(x), whole(x), rtol=0, atol=0)
+        hbll.make_rule("bp", net).backward(x, y)
+        found = [p.grad.clone() for p in whole.parameters()]
+        whole.zero_grad()
+        F.cross_entropy(whole(x), y).backward()
+        for gradient, parameter in zip(found, whole.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
