@@ -29,12 +29,17 @@ def step_memory(rule: Rule, x: Any, y: Any, by: Literal["backward", "forward"] =
             taken = rule(x, y)  # held on to, as a training loop does
             taken.loss.backward()
 
-    for _ in range(2 * len(rule.stages) + 1 if rule.carries() else 1):  # a step's own: pipelines are full
+    kept = -1
+    while kept != (kept := _kept_bytes(rule)):  # until pipelines are full
         step()
     for parameter in rule.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     return peak_memory(step, next(rule.parameters()).device)
+
+
+def _kept_bytes(rule: Rule) -> int:
+    return sum(tensor.nbytes for tensor in _tensors([carry.nest for carry in rule.carries().values()]))
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> int:
