@@ -198,3 +198,49 @@ class TestModelsOfOthers:
         F.cross_entropy(whole(x), y).backward()
         for gradient, parameter in zip(found, whole.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad)
+
+
+class TestWhatIsEasilyLost:
+    def test_statements_in_place_are_kept(self):
+        class InPlace(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.block, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+                self.activation = nn.ReLU(inplace=True)
+
+            def forward(self, x):
+                x = self.first(x)
+                x.relu_()
+                y = self.block(x)
+                y.add_(1.0)
+                self.activation(y)
+                return self.head(y)
+
+        model, x = InPlace(), torch.randn(4, 5)
+        torch.testing.assert_close(hbll.Chain.cut(model, at=["block", "head"])(x), model(x))
+
+    def test_copies_of_parts_call_their_own_modules(self):
+        def made():
+            linear = nn.Linear(6, 3)
+
+            def inner(state):
+                return linear(state)
+
+            def outer(state, *, scale=(inner, 2.0)):
+                return scale[1] * inner(state)
+
+            return hbll.part(outer, linear)
+
+        original = made()
+        twin, x = copy.deepcopy(original), torch.randn(4, 6)
+        with torch.no_grad():
+            original.used[0].weight.zero_()
+            original.used[0].bias.zero_()
+        assert twin(x).abs().min() > 0
+        torch.testing.assert_close(twin(x), 2 * twin.used[0](x))
+
+    def test_modules_that_nothing_would_train_are_asked_for(self):
+        linear = nn.Linear(6, 3)
+        with pytest.raises(ValueError, match="handed over"):
+            hbll.part(lambda state: linear(state))
+        assert list(hbll.part(linear).parameters()) == list(linear.parameters())

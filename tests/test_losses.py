@@ -111,3 +111,17 @@ def test_a_loss_of_one_value_per_sample_weighs_all_alike():
 def test_a_loss_that_averages_over_the_batch_is_refused():
     with pytest.raises(ValueError, match=r"one value per sample, not their mean: .* reduction='none'"):
         sample_losses(F.cross_entropy, draw(0, 5, 3), torch.zeros(5, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.zeros(2, 3, dtype=int), torch.zeros(6, dtype=int), torch.zeros(3, 2), torch.zeros(3, 1, dtype=int), None],
+)
+def test_labels_are_one_class_for_each_token(labels):
+    with pytest.raises(ValueError, match=r"take integer labels \(3, 2\)"):
+        cross_entropy(torch.zeros(3, 2, 5), labels)
+
+
+def test_squares_are_not_broadcast():
+    with pytest.raises(ValueError, match="of that shape"):
+        squared_error(torch.zeros(4, 1), torch.zeros(4))

@@ -26,7 +26,7 @@ _MODULES = {
     "part": "adapt",
 }
 
-_ROOMS = ("cut", "recurrent", "rules", "train")
+_ROOMS = ("cut", "models", "recurrent", "rules", "train")
 """Modules with functions of their own that are reached by their names: ``hbll.train.fit``."""
 
 _FORMER = {
@@ -52,4 +52,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_ROOMS])

@@ -1,9 +1,9 @@
 """Adapters for models of others: cut at some of their modules, or made of functions around modules."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from torch import fx, nn
@@ -15,6 +15,8 @@ __all__ = ["Part", "part", "split"]
 
 
 class Part(nn.Module):
+    """What ``part`` makes."""
+
     def __init__(self, function: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.function = function
@@ -28,21 +30,34 @@ class Part(nn.Module):
         return Part(_copied(self.function, memo), [copy.deepcopy(module, memo) for module in self.used])
 
 
-def _copied(function: Callable[..., Any], memo: dict[int, Any]) -> Callable[..., Any]:
-    """A function with copies of what it has around it."""
-    if not isinstance(function, FunctionType):
-        return copy.deepcopy(function, memo)
-    for name in function.__code__.co_names:
-        if isinstance(function.__globals__.get(name), nn.Module):
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy in which functions have copies of what they have around them."""
+    if not isinstance(value, FunctionType):
+        return copy.deepcopy(value, memo)
+    if id(value) in memo:
+        return memo[id(value)]
+    for name in _names(value.__code__):
+        if isinstance(value.__globals__.get(name), nn.Module):
             raise ValueError(
                 f"a part cannot be copied whose function finds its module {name} as a global variable: make the part within "
                 "a function, around the module"
             )
-    cells = tuple(CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in function.__closure__ or ())
-    made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    made.__defaults__ = copy.deepcopy(function.__defaults__, memo)
-    made.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
+    cells = tuple(CellType() for _ in value.__closure__ or ())
+    made = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+    memo[id(value)] = made  # before what is around it, where it may be itself
+    for own, cell in zip(cells, value.__closure__ or (), strict=True):
+        own.cell_contents = _copied(cell.cell_contents, memo)
+    made.__defaults__ = value.__defaults__ and tuple(_copied(default, memo) for default in value.__defaults__)
+    made.__kwdefaults__ = value.__kwdefaults__ and {k: _copied(v, memo) for k, v in value.__kwdefaults__.items()}
     return made
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The global names that a function uses, and those that the functions within it do."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def part(function: Callable[..., Any], *modules: nn.Module) -> nn.Module:
@@ -53,12 +68,24 @@ def part(function: Callable[..., Any], *modules: nn.Module) -> nn.Module:
         function: what the part computes; of the context it is given what it names. It should be made around the modules
             themselves, and not around a whole model that has them: copies of the part copy what its function is around.
         modules: those whose parameters are to be the part's.
+
+    Raises:
+        ValueError: the function is made around modules with parameters, and none is handed over to be trained.
     """
+    if isinstance(function, nn.Module):
+        return Part(function, (function, *modules))
+    around = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if not modules and any(isinstance(held, nn.Module) and any(True for _ in held.parameters()) for held in around):
+        raise ValueError("the modules that the function uses are to be handed over too, or nothing would train them")
     return Part(function, modules)
 
 
 def split(model: nn.Module, at: Sequence[str]) -> list[nn.Module]:
-    """The pieces of a model before, between and from some of its modules on; see ``Chain.cut``."""
+    """The pieces of a model before, between and from some of its modules on; see ``Chain.cut``.
+
+    Raises:
+        ValueError: as ``Chain.cut``.
+    """
     modules = dict(model.named_modules())
     for path in at:
         check_known(path, [name for name in modules if name], "module")
@@ -106,8 +133,6 @@ def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
             f"what a {type(model).__name__} computes between these modules depends on whether it trains, as "
             "F.dropout(x, training=self.training) does: make that a module (nn.Dropout), or cut it by hand with hbll.part"
         )
-    fx.GraphModule(model, graph)  # which says of what modules the graph is
-    graph.eliminate_dead_code()
     return graph
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from hbll.names import check_known
-from hbll.network import Chain, apply
+from hbll.network import Chain, call, check_tensor
 
 __all__ = ["Stage", "at_blocks", "cut", "even", "fresh_copy"]
 
@@ -44,9 +44,11 @@ class Stage(nn.Module):
         first, *_, last = (*self.numbers, self.numbers[-1])
         return f"block {first}" if first == last else f"stage {self._place.index} (blocks {first}-{last})"
 
-    def forward(self, state: Tensor, **context: Any) -> Tensor:
-        for n, block in zip(self.numbers, self.blocks, strict=True):
-            state = apply(f"block {n}", block, state, context)
+    def forward(self, state: Tensor, /, **context: Any) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            state = call(block, state, context)
+            if not isinstance(state, Tensor):  # its name is looked up here alone: a compiled stage would depend on it
+                check_tensor(f"block {self.numbers[i]}", state)
         return state
 
 
@@ -81,7 +83,7 @@ def cut(network: Chain, size: int | Sequence[int] | None) -> tuple[Stage, ...]:
     count = len(network.blocks)
     size = count if size is None else size
     sizes = [size] if isinstance(size, int) else size
-    if not isinstance(sizes, Sequence) or not all(isinstance(s, int) for s in sizes):
+    if not isinstance(sizes, Sequence) or not all(isinstance(s, int) and not isinstance(s, bool) for s in sizes):
         raise ValueError(f"stage is a whole number, or one for every stage; got {size!r}")
     if min(sizes, default=0) < 1:
         raise ValueError(f"stage must be at least 1; got {size}")

@@ -34,8 +34,15 @@ def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         y: integer classes, (B,) or (B, T).
 
     Raises:
-        ValueError: a label is outside the classes (a CUDA device stops with an assertion).
+        ValueError: the labels are no integers, there is not one for each sample or token, or one is outside the classes (a
+            CUDA device stops with an assertion).
     """
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != logits.shape[:-1]:
+        got = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ValueError(
+            f"the head's scores {tuple(logits.shape)} take integer labels {tuple(logits.shape[:-1])}, one for each sample "
+            f"or token; got {got}"
+        )
     try:
         values = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none", ignore_index=IGNORED)
     except IndexError as error:
@@ -50,7 +57,12 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
 
     Args:
         prediction, y: (B, K) or (B, T, K).
+
+    Raises:
+        ValueError: they differ in shape.
     """
+    if prediction.shape != y.shape:
+        raise ValueError(f"predictions {tuple(prediction.shape)} take labels of that shape; got {tuple(y.shape)}")
     return (prediction - y).square().sum(-1) / 2
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "Context",
     "Readout",
     "apply",
+    "call",
     "check_shape",
     "check_tensor",
     "chosen",
@@ -77,8 +78,15 @@ class Chain(nn.Module):
         self.feature_dim = feature_dim
         if not self.blocks:
             raise ValueError("a network needs at least one block between embed and head")
-        self.tree = Tree(len(self.blocks) + 1)
+        self._tree = Tree(len(self.blocks) + 1)
         self._known: set[str] = set()
+
+    @property
+    def tree(self) -> Tree:
+        """The binary tree over the blocks."""
+        if self._tree.nodes != len(self.blocks) + 1:  # blocks were added
+            self._tree = Tree(len(self.blocks) + 1)
+        return self._tree
 
     @classmethod
     def cut(cls, model: nn.Module, at: Sequence[str], feature_dim: int | None = None) -> Self:
@@ -117,8 +125,9 @@ class Chain(nn.Module):
         Raises:
             ValueError: as ``forward``.
         """
+        in_order = path == self.tree.chain
         for n in path:
-            if path == self.tree.chain:
+            if in_order:
                 state = apply(f"block {n}", self.blocks[n - 1], state, context)
                 continue
             with out_of_order(f"block {n}", state):
@@ -211,8 +220,10 @@ class Chain(nn.Module):
         except (OSError, json.JSONDecodeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{folder} holds no saved network, or a damaged one: {error}") from error
         for what in ("format", "blocks", "feature_dim"):
-            if saved[what] != own[what]:
-                raise ValueError(f"{folder} holds another network: {what} is {saved[what]} there and {own[what]} here")
+            if saved.get(what) != own[what]:
+                raise ValueError(
+                    f"{folder} holds another network: {what} is {saved.get(what)} there and {own[what]} here"
+                )
         for name in {**saved["shapes"], **own["shapes"]}:
             there, here = saved["shapes"].get(name), own["shapes"].get(name)
             if there != here:
@@ -230,11 +241,15 @@ def apply(name: str, block: nn.Module, state: Tensor, context: Context) -> Tenso
     Raises:
         ValueError: it returns no tensor, nor a tuple that starts with one; the message has the name.
     """
-    output = block(state, **chosen(block, context)) if context else block(state)
-    if isinstance(output, tuple) and output:
-        output = output[0]
+    output = call(block, state, context)
     check_tensor(name, output)
     return output
+
+
+def call(block: nn.Module, state: Tensor, context: Context) -> Any:
+    """What a block returns for a state (B, ...); of a tuple the first item."""
+    output = block(state, **chosen(block, context)) if context else block(state)
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 def chosen(module: nn.Module, context: Context) -> dict[str, Any]:

@@ -180,6 +180,7 @@ class Rule(nn.Module, ABC):
         self.size = stage
         self._cut: tuple[list[nn.Module], tuple[Stage, ...]] | None = None
         self.cut()  # what cannot be cut is said at once
+        self._blocks = len(network.blocks)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -196,6 +197,11 @@ class Rule(nn.Module, ABC):
             modules.append(pending.pop())
             pending += filter(None, modules[-1]._modules.values())
         if self._cut is None or self._cut[0] != modules:
+            if len(self.network.blocks) != self._blocks:
+                raise ValueError(
+                    f"the network had {self._blocks} blocks when the rule was made and has {len(self.network.blocks)}: make "
+                    "the rule anew"
+                )
             self._cut = modules, self.cut()
 
     def cut(self) -> tuple[Stage, ...]:
@@ -226,7 +232,13 @@ class Rule(nn.Module, ABC):
     @final
     def own(self, stage: int) -> list[nn.Module]:
         """Everything that belongs to a stage, from 1 to S: its blocks and the rule's modules for it, and of the first one
-        the embed, of the last one the head; all stages together have all parameters of the rule."""
+        the embed, of the last one the head; all stages together have all parameters of the rule.
+
+        Raises:
+            ValueError: there is no such stage.
+        """
+        if not 1 <= stage <= len(self.stages):
+            raise ValueError(f"there are stages 1 to {len(self.stages)}; got {stage}")
         embed = [self.network.embed] if stage == 1 else []
         head = [self.network.head] if stage == len(self.stages) else []
         head += [self.loss] if head and isinstance(self.loss, nn.Module) else []
@@ -245,6 +257,8 @@ class Rule(nn.Module, ABC):
         Raises:
             ValueError: a block returns no state, or a label is outside the classes.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("a rule finds gradients even where only its loss is wanted: take torch.no_grad() instead")
         if not torch.is_grad_enabled():
             with torch.enable_grad(), evaluating(self):
                 step = self._taken(x, y, lambda loss: None, Step())
@@ -276,6 +290,10 @@ class Rule(nn.Module, ABC):
         Raises:
             ValueError: as ``forward``; or several processes train together, whose gradients nothing would reduce.
         """
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "rule.backward finds gradients: call it outside of torch.no_grad(), where rule(x, y) has the loss"
+            )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
             raise ValueError(
@@ -296,10 +314,17 @@ class Rule(nn.Module, ABC):
         for carry in carries:
             carry.begin()
         total: Tensor | None = None
-        for loss in self.losses(x, y, step):
-            total = loss.value.detach() if total is None else total + loss.value.detach()
-            walk(loss)
-            del loss  # with all that its graph holds
+        try:
+            for loss in self.losses(x, y, step):
+                total = loss.value.detach() if total is None else total + loss.value.detach()
+                walk(loss)
+                del loss  # with all that its graph holds
+        except Exception as error:
+            if self.in_flight:
+                error.add_note(
+                    "It may be of a mini-batch that came in some steps before; rule.reset() drops what is in flight."
+                )
+            raise
         if self.training and not step.look:
             for carry in carries:
                 carry.complete()
@@ -369,8 +394,8 @@ class Rule(nn.Module, ABC):
         if state and "kept" not in state:
             raise ValueError("this is not what rule.carry() gave: it holds nothing as 'kept'")
         kept, sizes = state.get("kept", {}), [len(stage.blocks) for stage in self.stages]
-        if kept and state["stages"] != sizes:
-            there, here = (", ".join(map(str, listed)) for listed in (state["stages"], sizes))
+        if kept and state.get("stages") != sizes:
+            there, here = (", ".join(map(str, listed)) for listed in (state.get("stages", ()), sizes))
             raise ValueError(
                 f"what was kept is of stages of {there} blocks, and the network is cut into stages of {here}: take the same "
                 "stage=, or go on without it"
@@ -406,6 +431,8 @@ def _gradients(loss: StageLoss, parameters: Sequence[Tensor], retain_graph: bool
     if not loss.value.requires_grad:
         return {}
     wanted = [*parameters, *loss.leaves]
+    if not wanted:
+        return {}
     found = torch.autograd.grad(loss.value, wanted, allow_unused=True, retain_graph=retain_graph)
     for leaf, gradient in zip(loss.leaves, found[len(parameters) :], strict=True):
         if gradient is not None:

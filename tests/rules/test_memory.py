@@ -116,6 +116,23 @@ def loss_of_readout(rule, k, y):
     return rule.local_loss(k, torch.randn(BATCH, WIDTH, requires_grad=True), y)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_forward_forward_holds_one_stage_on_two_batches(size):
+    network, x, y = made()
+    network.head, y = nn.Linear(WIDTH, 10), y % 10  # the label takes the place of some inputs
+    rule = make_rule("ff", network, x, stage=size)
+    both = torch.randn(2 * BATCH, WIDTH)
+    bare = max(peak_memory(lambda stage=stage: stage(both).square().sum().backward(), CPU) for stage in rule.stages)
+    assert step_memory(rule, x, y) <= bare + 16 * STATE
+
+
+def test_feedback_alignment_holds_the_whole_network():
+    # The error is known at the output, which all stages wait for.
+    network, x, y = made()
+    rule = make_rule("dfa", network, x)
+    assert step_memory(rule, x, y) <= through(network, range(1, BLOCKS + 1)) + 3 * BLOCKS * STATE
+
+
 @pytest.mark.parametrize("name", ["paper", "tree"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_tree_holds_a_node_and_its_right_neighbour(name, size):

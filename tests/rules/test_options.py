@@ -5,7 +5,7 @@ import torch
 from tests.networks import mlp
 from torch import nn
 
-from hbll import make_rule
+from hbll import Chain, make_rule
 from hbll.losses import cross_entropy
 from hbll.rules import RULES
 
@@ -150,3 +150,52 @@ def test_a_loss_is_trained_or_refused(name):
     assert loss in rule.own(len(rule.stages))
     rule.backward(x, y)
     assert loss.rate.grad.abs() > 0
+
+
+def test_stages_that_there_are_not():
+    net, _, _ = mlp()
+    rule = make_rule("stream", net, stage=(3, 4))
+    for stage in (0, 3, -1):
+        with pytest.raises(ValueError, match=f"stages 1 to 2; got {stage}"):
+            rule.own(stage)
+    with pytest.raises(ValueError, match="whole number"):
+        make_rule("stream", net, stage=True)
+
+
+@pytest.mark.parametrize("name", ["greedy", "bp", "paper", "dgl"])
+def test_a_network_that_has_got_another_block(name):
+    net, x, y = mlp()
+    rule = make_rule(name, net, example=x)
+    net.blocks.append(nn.Identity())
+    assert len(net.resolve("chain")) == len(net.blocks)
+    with pytest.raises(ValueError, match="had 7 blocks when the rule was made and has 8"):
+        rule(x, y)
+
+
+@pytest.mark.parametrize("name", ["stream", "paper", "dfa"])
+def test_gradients_that_cannot_be_found(name):
+    net, x, y = mlp()
+    rule = make_rule(name, net, example=x)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"outside of torch.no_grad\(\)"):
+        rule.backward(x, y)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"torch.no_grad\(\) instead"):
+        rule(x, y)
+    rule.requires_grad_(False)
+    assert rule(x, y).loss > 0
+    assert all(p.grad is None for p in rule.parameters())
+
+
+def test_a_context_may_have_any_names():
+    class Embed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), {"state": 2.0}
+
+    class Block(nn.Linear):
+        def forward(self, z, state):
+            return super().forward(z) * state
+
+    torch.manual_seed(0)
+    net = Chain(Embed(5, 6), [Block(6, 6) for _ in range(3)], nn.Linear(6, 3)).double()
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.arange(4) % 3
+    for name in ("stream", "bp", "dgl", "paper"):
+        make_rule(name, net, example=x).backward(x, y)

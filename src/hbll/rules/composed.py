@@ -25,6 +25,7 @@ from hbll.tree import Tree
 
 __all__ = [
     "Batch",
+    "Choice",
     "Composed",
     "Credit",
     "Cut",
@@ -40,7 +41,8 @@ __all__ = [
 ]
 
 EngineChoice: TypeAlias = Literal["auto", "loop", "batched"]
-"""How blocks that could be evaluated at once are: one by one, or stacked in one call; auto takes the faster."""
+"""How blocks that could be evaluated at once are: one by one, or stacked in one call; auto takes the faster. Of stacked
+blocks plain attributes and hooks are read once, in the first step."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,11 @@ class Cut:
         return cls(stages, network, Tree(len(stages) + 1), engine, last_blocks, pulls_back)
 
     @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+
+    @property
     def nodes(self) -> tuple[int, ...]:
         """All stages."""
         return self.tree.chain
@@ -211,7 +218,24 @@ class Cut:
         return [found[p] for p in range(len(stages))]
 
 
-class States(nn.Module, ABC):
+class Choice(nn.Module, ABC):
+    """What a rule is made of: it may have modules for the stages, and keep something from step to step."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether there are mini-batches that it is not done with."""
+        return False
+
+    def carries(self) -> Mapping[str, Carry]:
+        """What is kept from step to step, by name."""
+        return {}
+
+    def auxiliary(self, stage: int) -> list[nn.Module]:
+        """The modules that belong to a stage."""
+        return []
+
+
+class States(Choice):
     """Estimates of the states: what each stage is evaluated on."""
 
     graphs_meet = False
@@ -227,21 +251,8 @@ class States(nn.Module, ABC):
     def fronts(self, cut: Cut, batch: Batch | None, targets: Targets, step: Step) -> Iterator[Front]:
         """Evaluates every stage once; without a batch those alone that have one in flight."""
 
-    @property
-    def in_flight(self) -> bool:
-        """Whether there are mini-batches that have not passed all stages."""
-        return False
 
-    def carries(self) -> Mapping[str, Carry]:
-        """What is kept from step to step, by name."""
-        return {}
-
-    def auxiliary(self, stage: int) -> list[nn.Module]:
-        """The modules that belong to a stage."""
-        return []
-
-
-class Credit(nn.Module, ABC):
+class Credit(Choice):
     """Estimates of how each state ought to move to lower the loss."""
 
     takes_pipelined = False
@@ -253,19 +264,6 @@ class Credit(nn.Module, ABC):
     @abstractmethod
     def losses(self, fronts: Iterator[Front], cut: Cut, targets: Targets, step: Step) -> Iterator[StageLoss]:
         """Answers every front by losses that move its stages; asking for the next front drops the graph of the last."""
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether there are mini-batches whose credit is still on its way."""
-        return False
-
-    def carries(self) -> Mapping[str, Carry]:
-        """What is kept from step to step, by name."""
-        return {}
-
-    def auxiliary(self, stage: int) -> list[nn.Module]:
-        """The modules that belong to a stage."""
-        return []
 
 
 class Composed(Rule):

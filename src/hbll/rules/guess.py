@@ -2,7 +2,7 @@
 states that the batch had a step before."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from hbll.engine import Engine, Evaluation, make_engine, stack
 from hbll.losses import wide
 from hbll.network import check_shape
 from hbll.rule import StageLoss, Step, attach_gradients
-from hbll.rules.composed import Batch, Cut, EngineChoice
+from hbll.rules.composed import Batch, Choice, Cut, EngineChoice
 from hbll.tree import Tree
 
 __all__ = ["AheadGuess", "Guess", "Guessed", "MeanGuess", "StarGuess", "TreeGuess", "make_guess"]
@@ -37,17 +37,12 @@ class Guessed:
     """What predictors computed, with graph, by the stages it is of."""
 
 
-class Guess(nn.Module, ABC):
+class Guess(Choice):
     """What every guess offers."""
 
     @abstractmethod
     def forward(self, cut: Cut, batch: Batch | None, step: Step) -> Guessed:
         """The guess for a batch, or for another whose turn it is."""
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether there are mini-batches whose turn is still to come."""
-        return False
 
     def cold(self, cut: Cut, batch: Batch, step: Step) -> Tensor:
         """The states, (S, B, ...), for a batch that nothing is kept of and whose states are not to be computed one after the
@@ -57,14 +52,6 @@ class Guess(nn.Module, ABC):
     def learn(self, cut: Cut, guessed: Guessed, states: Tensor, step: Step) -> Iterator[StageLoss]:
         """Learns from the corrected outputs, (S, B, ...)."""
         return iter(())
-
-    def carries(self) -> Mapping[str, Carry]:
-        """What is kept from step to step, by name."""
-        return {}
-
-    def auxiliary(self, stage: int) -> list[nn.Module]:
-        """The modules that belong to a stage."""
-        return []
 
 
 class MeanGuess(Guess):
@@ -195,7 +182,7 @@ class AheadGuess(Guess):
         if batch and (not delay or not (self.training or step.look)):
             return self._in_order(cut, batch, step)
         # A rule that took up another's flight, of fewer sweeps, may find more batches there than it waits for.
-        flight = (self.flight.on(next(cut.network.parameters()).device) or [])[-delay:]
+        flight = (self.flight.on(cut.device) or [])[-delay:]
         turns = math.ceil((cut.last - 1) / delay)
         if batch:
             newest = {"x": batch.x, "y": batch.y, "context": dict(batch.context), "states": [batch.state]}

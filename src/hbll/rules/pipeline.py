@@ -44,7 +44,7 @@ class LateCredit(Credit):
                 "an asynchronous pipeline has no gradients of the batch at hand to look at: measure network(x) instead, or "
                 "another rule"
             )
-        kept = self.flight.on(next(cut.network.parameters()).device) or {"waiting": {}, "arriving": {}}
+        kept = self.flight.on(cut.device) or {"waiting": {}, "arriving": {}}
         waiting: dict[int, list[Any]] = kept["waiting"]
         arriving: dict[int, Tensor] = kept["arriving"]
         at_head: tuple[Tensor, Batch] | None = None

@@ -64,7 +64,7 @@ class StreamStates(States):
             return
         batches = {1: batch} if batch else {}
         labels, context = own_copy((batch.y, dict(batch.context))) if batch else (None, {})
-        device = next(cut.network.parameters()).device
+        device = cut.device
         batches |= {n: _in_flight(**left) for n, left in (self.flight.on(device) or {}).items()}
         active = tuple(batches)
         left: dict[int, dict[str, Any]] = {}

@@ -149,10 +149,8 @@ class Descent:
         scaled = self.scaler.is_enabled()
         scale = self.scaler.scale(torch.tensor(share, device=self.device)) if scaled else share
         steps = [self._gradients(*self._moved(batch), scale) for batch in batches]
-        moved = self._descend()
-        if moved and batches != (
-            (None, None),
-        ):  # a schedule is of so many batches: it stands still while a pipeline drains
+        moved, drains = self._descend(), batches[0][0] is None
+        if moved and not drains:  # a schedule is of so many batches
             for schedule in self.schedules:
                 schedule.step()
         return steps
@@ -307,7 +305,8 @@ def _check_held(rule: Rule, optimizers: Sequence[Optimizer]) -> None:
         times = sum(parameter in parameters for parameters in held)
         if times > 1:
             raise ValueError(
-                f"{times} optimizers hold {name}, which each step would move as often: leave it to one of them"
+                f"{times} optimizers hold {name}, which each step would move as often: leave it to one of them "
+                "(a weight that two stages share goes with one optimizer for all)"
             )
         if not times and parameter.requires_grad:
             raise ValueError(f"no optimizer holds {name}: give it to one, or freeze it (requires_grad_(False))")
