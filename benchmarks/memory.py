@@ -165,6 +165,8 @@ def plot(rows: list[Row], file: str) -> None:
     axes.set_xlabel("work of a step, backpropagation's = 1 (numbers: blocks in a stage; hollow: blocks checkpointed)")
     axes.set_ylabel("peak memory of a step, backpropagation's = 1")
     axes.set_yscale("log")
+    axes.set_yticks(ticks := [0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5], [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=120)

@@ -288,3 +288,15 @@ def test_batches_in_flight_agree_in_what_of_their_context_is_no_tensor():
     net.embed.factor = 0.9
     with pytest.raises(ValueError, match="must agree in what of their context is no tensor"):
         rule(x, y)
+
+
+def test_an_error_of_a_batch_that_came_in_before_says_how_to_go_on():
+    network, x, y = residual(3)
+    rule = make_rule("pipeline", network)
+    rule.backward(x, y + 100)  # which reaches the head in the next step
+    with pytest.raises(ValueError, match="classes") as failure:
+        rule.backward(x, y)
+    assert any("rule.reset()" in note for note in failure.value.__notes__)
+    rule.reset()
+    for _ in range(3):
+        rule.backward(x, y)
