@@ -54,7 +54,7 @@ class StreamStates(States):
     def __init__(self, with_graph: bool = True) -> None:
         super().__init__()
         self.with_graph = with_graph
-        self.in_order = ChainStates()
+        self.in_order = ChainStates(teach_context=False)
         self.flight = Carry()
         """What stage n - 1 left for stage n, by n: ``state``, (B, ...), with its ``labels`` and ``context``."""
 
