@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
 
-from hbll.network import Context, apply, check_tensor, chosen
+from hbll.network import Context, apply, check_tensor, chosen, first_of
 
 __all__ = ["BatchedEngine", "Engine", "Evaluation", "LoopEngine", "make_engine", "stack"]
 
@@ -205,8 +205,7 @@ def record_batched(
 
     def call(parameters: Sequence[Tensor], state: Tensor, beside: Sequence[Tensor]) -> Tensor:
         parts = dict(zip(names, parameters, strict=True))
-        output = functional_call(block, parts, (state,), chosen(block, form.context(beside)))
-        output = output[0] if isinstance(output, tuple) and output else output
+        output = first_of(functional_call(block, parts, (state,), chosen(block, form.context(beside))))
         check_tensor(title, output)
         return output
 

@@ -83,7 +83,7 @@ def audit(rule: Rule, x: Any, y: Any) -> Audit:
     with torch.enable_grad(), evaluating(rule), _thawed(rule):
         reached: dict[int | str, set[tuple[str, bool]]] = {}
         for loss in rule.losses(x, y, Step(look=True)):
-            for stage in loss.stage if isinstance(loss.stage, tuple) else (loss.stage,):
+            for stage in loss.stages:
                 reached.setdefault(stage, set()).update(reader.passed(loss))
     rows = [reader.row(rule, stage, found) for stage, found in reached.items()]
     return Audit(tuple(sorted(rows, key=lambda row: (isinstance(row.stage, str), row.stage))), reader.shared)

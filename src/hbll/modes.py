@@ -1,11 +1,11 @@
-"""Training and evaluation modes of modules."""
+"""Whether modules train: their modes, and their parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["evaluating", "is_trained"]
 
 
 @contextmanager
@@ -18,3 +18,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether a module has parameters that are not frozen."""
+    return any(parameter.requires_grad for parameter in module.parameters())

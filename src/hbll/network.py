@@ -25,6 +25,8 @@ __all__ = [
     "check_shape",
     "check_tensor",
     "chosen",
+    "evaluate",
+    "first_of",
     "out_of_order",
 ]
 
@@ -162,7 +164,7 @@ class Chain(nn.Module):
 
     def read(self, state: Tensor, context: Context) -> Any:
         """The head's output of a state."""
-        return self.head(state, **chosen(self.head, context)) if context else self.head(state)
+        return evaluate(self.head, state, context)
 
     def resolve(self, path: str | int | Sequence[int] | None) -> Path:
         """The blocks of a path given by name (``4-6-7``, ``chain``, ``rim``), as a list, or by its number of blocks.
@@ -248,8 +250,17 @@ def apply(name: str, block: nn.Module, state: Tensor, context: Context) -> Tenso
 
 def call(block: nn.Module, state: Tensor, context: Context) -> Any:
     """What a block returns for a state (B, ...); of a tuple the first item."""
-    output = block(state, **chosen(block, context)) if context else block(state)
+    return first_of(evaluate(block, state, context))
+
+
+def first_of(output: Any) -> Any:
+    """What a block returned for a state; of a tuple the first item."""
     return output[0] if isinstance(output, tuple) and output else output
+
+
+def evaluate(module: nn.Module, state: Tensor, context: Context) -> Any:
+    """What a block or a head returns for a state (B, ...), given what it takes of the context."""
+    return module(state, **chosen(module, context)) if context else module(state)
 
 
 def chosen(module: nn.Module, context: Context) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hbll.carry import Carry, map_tensors, own_copy
 from hbll.cut import Stage, cut
 from hbll.losses import Loss, cross_entropy, mean_loss
-from hbll.modes import evaluating
+from hbll.modes import evaluating, is_trained
 from hbll.network import Chain, Readout
 
 __all__ = ["Report", "Rule", "StageLoss", "Step", "attach_gradients"]
@@ -44,6 +44,11 @@ class StageLoss:
 
     through: tuple[Tensor, ...] = ()
     """What the stage's credit was carried back through, with its graph, where the value's own graph does not show it."""
+
+    @property
+    def stages(self) -> tuple[int | str, ...]:
+        """``stage`` as a tuple."""
+        return self.stage if isinstance(self.stage, tuple) else (self.stage,)
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ class Rule(nn.Module, ABC):
         super().__init__()
         if not callable(loss):
             raise ValueError(f"loss is a function of predictions and labels; got {loss!r}")
-        if not self.trains_loss and isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+        if not self.trains_loss and isinstance(loss, nn.Module) and is_trained(loss):
             raise ValueError("the loss has parameters, which this rule does not train: let the head have them")
         self.network = network
         self.loss = loss
@@ -271,9 +276,7 @@ class Rule(nn.Module, ABC):
             _add(gradients, _gradients(loss, parameters))
 
         step = self._taken(x, y, walk, Step())
-        if (
-            not gradients
-        ):  # a pipeline still fills: a step that moves nothing, whose loss can be walked back all the same
+        if not gradients:  # while a pipeline fills a step may move nothing; its loss can be walked back all the same
             gradients[step.loss.new_zeros(()).requires_grad_()] = step.loss.new_zeros(())
         step.loss = attach_gradients(step.loss, list(gradients), list(gradients.values()))
         return step
@@ -454,7 +457,7 @@ def _cosines(ours: Mapping[Tensor, Tensor], exact: Tensor, owned: Mapping[int, S
     exactly = dict(zip(flat, found, strict=True))
 
     def joined(gradients: Mapping[Tensor, Tensor], parameters: Sequence[Tensor]) -> Tensor:
-        return torch.cat([gradients.get(p, torch.zeros_like(p)).flatten() for p in parameters])
+        return torch.cat([(gradients[p] if p in gradients else torch.zeros_like(p)).flatten() for p in parameters])
 
     return {
         k: torch.cosine_similarity(joined(ours, parameters), joined(exactly, parameters), dim=0)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hbll.losses import Loss, cross_entropy, mean_loss
+from hbll.modes import is_trained
 from hbll.names import check_number
 from hbll.network import Chain, apply
 from hbll.rule import Rule, StageLoss, Step
@@ -54,7 +55,7 @@ class Backpropagation(Rule):
         """Counts the way there and back; ``below`` is whether the embed is trained."""
         length = len(self.path)
         for passed, n in enumerate(self.path, 1):
-            trained = any(p.requires_grad for p in self.network.blocks[n - 1].parameters())
+            trained = is_trained(self.network.blocks[n - 1])
             step.count(1, passed)
             step.count(trained + below, 2 * length + 1 - passed)
             below = below or trained

@@ -316,8 +316,7 @@ class Composed(Rule):
 
     def losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
         # Where a step is only looked at, a stacked call would connect every loss of a front with every stage of it.
-        apart = Cut.of(self.network, self.stages, "loop", self.credit.pulls_back) if step.look else None
-        cut = apart or self.evaluated
+        cut = Cut.of(self.network, self.stages, "loop", self.credit.pulls_back) if step.look else self.evaluated
         if x is None and not self.in_flight:
             raise ValueError("there is no mini-batch in flight: hand one over")
         if x is None and not self.training:
@@ -341,8 +340,7 @@ class Composed(Rule):
         early = self.states.embed_read_once and not self.rim
         for loss in losses:
             yield replace(loss, leaves=(*loss.leaves, *batch.leaves)) if batch and batch.leaves else loss
-            moved = loss.stage if isinstance(loss.stage, tuple) else (loss.stage,)
-            if batch and early and 1 in moved and not batch.context_leaves:
+            if batch and early and 1 in loss.stages and not batch.context_leaves:
                 yield from batch.embed_losses()
             del loss
         yield from beside
@@ -374,8 +372,8 @@ class Composed(Rule):
 def _together(losses: Iterable[StageLoss]) -> Iterator[StageLoss]:
     """Losses whose graphs meet as one."""
     found = list(losses)
-    stages = tuple(s for loss in found for s in (loss.stage if isinstance(loss.stage, tuple) else [loss.stage]))
-    yield StageLoss(tuple(s for s in stages if isinstance(s, int)), torch.stack([loss.value for loss in found]).sum())
+    stages = tuple(s for loss in found for s in loss.stages if isinstance(s, int))
+    yield StageLoss(stages, torch.stack([loss.value for loss in found]).sum())
 
 
 def train_head(loss: Loss, cut: Cut, state: Tensor, batch: Batch, step: Step) -> tuple[StageLoss, Tensor]:

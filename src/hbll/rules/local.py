@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hbll.carry import map_tensors
 from hbll.losses import IGNORED, Loss, cross_entropy, mean_loss
-from hbll.modes import evaluating
+from hbll.modes import evaluating, is_trained
 from hbll.network import Chain, Context, Readout
 from hbll.rule import Rule, StageLoss, Step
 from hbll.rules.lazy import Waiting
@@ -239,8 +239,8 @@ class LocalRule(Rule):
         """What each stage costs; of the embed, that it is trained makes the first block's input product necessary."""
         found = []
         for k, stage in enumerate(self.stages, 1):
-            trained = [_trained(block) for block in stage.blocks]
-            below = list(accumulate([k == 1 and _trained(self.network.embed), *trained], or_))[:-1]
+            trained = [is_trained(block) for block in stage.blocks]
+            below = list(accumulate([k == 1 and is_trained(self.network.embed), *trained], or_))[:-1]
             reached = sum(map(or_, trained, below))
             found.append(Cost(len(trained), sum(trained) + sum(below), reached))
         return found
@@ -259,10 +259,6 @@ class LocalRule(Rule):
 def detached(context: Context) -> Context:
     """What stages after the first are given: the embed learns by the first one alone."""
     return map_tensors(Tensor.detach, context) if context else context
-
-
-def _trained(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
 
 
 def _check_untied(rule: Rule) -> None:

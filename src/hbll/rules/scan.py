@@ -72,7 +72,7 @@ class ScanStates(States):
             check_shape(cut.stages[nodes[0] - 1].title, front.outputs[0], inputs[0])
             fronts.append(front)
             rows.update(zip(group, front.outputs.unbind(0), strict=True))
-        corrected = correct(inputs.detach(), torch.stack([rows[p] for p in range(cut.last)]), self.coarse)
+        corrected = correct(inputs, torch.stack([rows[p] for p in range(cut.last)]), self.coarse)
         step.defect = defect(corrected[: len(states)], states)
         beside = tuple(self.guess.learn(cut, guessed, corrected, step))
         for front in fronts:

@@ -16,7 +16,7 @@ from hbll.cut import cut, fresh_copy
 from hbll.engine import stack
 from hbll.losses import Loss, cross_entropy, row_means, sample_losses, wide
 from hbll.names import check_choice, check_number
-from hbll.network import Chain, Context, check_shape, chosen, out_of_order
+from hbll.network import Chain, Context, check_shape, evaluate, out_of_order
 from hbll.rule import StageLoss, Step
 from hbll.rules.chain import ChainStates
 from hbll.rules.composed import (
@@ -64,8 +64,7 @@ class StreamStates(States):
             return
         batches = {1: batch} if batch else {}
         labels, context = own_copy((batch.y, dict(batch.context))) if batch else (None, {})
-        device = cut.device
-        batches |= {n: _in_flight(**left) for n, left in (self.flight.on(device) or {}).items()}
+        batches |= {n: _in_flight(**left) for n, left in (self.flight.on(cut.device) or {}).items()}
         active = tuple(batches)
         left: dict[int, dict[str, Any]] = {}
         for group in cut.engine.partition(active, [b.state for b in batches.values()]):
@@ -176,10 +175,7 @@ class SpineCredit(Credit):
         if len(set(heads)) == 1 and not any(batch.context for batch in batches):
             return heads[0](torch.cat(list(states)))
         return concatenate(
-            [
-                head(state, **chosen(head, batch.context))
-                for head, state, batch in zip(heads, states, batches, strict=True)
-            ]
+            [evaluate(head, state, batch.context) for head, state, batch in zip(heads, states, batches, strict=True)]
         )
 
     def _head(self, node: int, cut: Cut) -> nn.Module:

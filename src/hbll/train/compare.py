@@ -24,8 +24,8 @@ MethodResult: TypeAlias = dict[str, Any]
 """What a `method` came to, means over its `seeds`: every measure of the recipe under the measure's own name, of the chain
 after the last epoch, and the `spread` of the first one, its standard deviation over the seeds (None for one seed);
 `seconds`, the wall-clock time of a run's training steps; `work` and `span` of a step in the last epoch, in block
-evaluations; `memory`, the peak bytes of a step beyond the weights, the optimizer and the batch; `local`, what the audit says
-of a step; and `paths`, the results of all paths."""
+evaluations; `memory`, the peak bytes of a step beyond the weights, their gradients, the optimizer and the batch; `local`,
+what the audit says of a step; and `paths`, the results of all paths."""
 
 
 @dataclass(frozen=True, kw_only=True)

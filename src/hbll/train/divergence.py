@@ -35,18 +35,16 @@ def place_in_step(rule: Rule, x: Any, y: Any) -> str | None:
     """
     step = Step()
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # the step itself is to draw the same numbers
-        bad = next((loss.stage for loss in rule.losses(x, y, step) if not loss.value.isfinite()), None)
-    if bad is None:
+        stages = next((loss.stages for loss in rule.losses(x, y, step) if not loss.value.isfinite()), None)
+    if stages is None:
         return None
     reported = [k for k, report in step.reports.items() if not all(map(_finite, asdict(report).values()))]
     if not isinstance(rule.network, Chain):  # a recurrent one, whose reports are by time
         return f"time {reported[0]}" if reported else "the cells"
     if place := _place_in_chain(rule.network, x):
         return place
-    if isinstance(bad, str):
-        return f"the {bad}"
-    stages = bad if isinstance(bad, tuple) else (bad,)
-    return rule.stages[next((k for k in stages if k in reported), stages[0]) - 1].title
+    stage = next((k for k in stages if k in reported), stages[0])
+    return f"the {stage}" if isinstance(stage, str) else rule.stages[stage - 1].title
 
 
 def _place_in_chain(network: Chain, x: Any) -> str | None:

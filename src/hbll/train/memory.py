@@ -29,8 +29,9 @@ def step_memory(rule: Rule, x: Any, y: Any, by: Literal["backward", "forward"] =
             taken = rule(x, y)  # held on to, as a training loop does
             taken.loss.backward()
 
-    kept = -1
-    while kept != (kept := _kept_bytes(rule)):  # until pipelines are full
+    before = None
+    while (kept := _kept_bytes(rule)) != before:  # until pipelines are full
+        before = kept
         step()
     for parameter in rule.parameters():
         if parameter.requires_grad:

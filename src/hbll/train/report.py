@@ -100,8 +100,8 @@ def _results_text(measures: Sequence[Measure]) -> str:
     return (
         f"{first.capitalize()} of the chain of all blocks on the test samples after the last epoch, with its standard "
         f"deviation over the seeds{more}; time of a run's training steps; work and span of a step in block evaluations; "
-        "the most memory a step held beyond weights, optimizer and batch; and whether its losses are local, as read off "
-        "autograd's graph: if not, how many blocks the credit of one stage crosses."
+        "the most memory a step held beyond weights, gradients, optimizer and batch; and whether its losses are local, as "
+        "read off autograd's graph: if not, how many blocks the credit of one stage crosses."
     )
 
 
