@@ -77,7 +77,7 @@ RULES: dict[str, tuple[str, dict]] = {
     "stream G1-2-2-2 right": ("stream", {"stage": (1, 2, 2, 2), "spine": "right"}),
     "stream G2-3-2 right": ("stream", {"stage": (2, 3, 2), "spine": "right"}),
     "stream G3 rim": ("stream", {"stage": 3, "rim": 0.3}),
-    "stream G3 no spine": ("stream", {"stage": 3, "spine": "none"}),
+    "stream G3 no spine": ("stream", {"stage": 3, "readout": "head"}),
     "greedy G3": ("greedy", {"stage": 3}),
     "greedy G3-4": ("greedy", {"stage": (3, 4)}),
     "greedy G5": ("greedy", {"stage": 5}),

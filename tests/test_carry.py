@@ -283,7 +283,7 @@ def test_backpropagation_has_the_context_of_the_network():
 
 def test_batches_in_flight_agree_in_what_of_their_context_is_no_tensor():
     net, x, y = masked(8)
-    rule = make_rule("stream", net, engine="batched", spine="none")
+    rule = make_rule("stream", net, engine="batched", readout="head")
     rule(x, y)
     net.embed.factor = 0.9
     with pytest.raises(ValueError, match="must agree in what of their context is no tensor"):

@@ -127,7 +127,7 @@ def test_a_copy_of_a_rule_has_modules_of_its_own(made):
     assert rule(x, y).loss.item() == before
     # A head of its own is a copy that is called for itself.
     rule.backward(x, y)
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in rule.credit.heads[0].parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in rule.credit.own[0].parameters())
 
 
 @pytest.mark.parametrize("made", ["resnet"], indirect=True)

@@ -596,6 +596,17 @@ class TestGreedy(Contract):
     options = {"stage": (2, 1, 2), "states": "chain"}  # noqa: RUF012
 
 
+class TestStreamOfCopies(Contract):
+    name = "stream"
+    options = {"stage": (2, 1, 2), "copies": True, "refresh": 2}  # noqa: RUF012
+    in_flight = True
+
+
+class TestSolo(Contract):
+    name = "solo"
+    options = {"stage": (2, 1, 2), "states": "chain"}  # noqa: RUF012
+
+
 class TestPipeline(Contract):
     name = "pipeline"
     labels_at_once = False

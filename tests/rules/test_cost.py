@@ -12,7 +12,7 @@ from hbll.losses import cross_entropy
 from hbll.rules.chain import ChainStates
 from hbll.rules.composed import Composed
 from hbll.rules.scan import ScanCredit
-from hbll.rules.stream import SpineCredit
+from hbll.rules.stream import ReadoutCredit
 from hbll.rules.tree import ArcCredit, TreeStates
 
 every_engine = pytest.mark.parametrize("engine", ["loop", "batched"])
@@ -23,9 +23,10 @@ CHOICES = [
     ("scan", {"guess": "star", "sweeps": 1, "credit_sweeps": 2}),
     ("scan", {"sweeps": 2, "credit_sweeps": 1}),
     ("scan", {"sweeps": 1, "credit_sweeps": 0}),
-    *(("stream", {"spine": spine}) for spine in ("doubling", "last", "right", "none")),
+    *(("stream", {"spine": spine}) for spine in ("doubling", "last", "right")),
+    ("stream", {"readout": "head"}),
+    ("stream", {"spine": "last", "readout_depth": 2, "copies": True}),
     *(("stream", {"spine": spine, "states": "chain"}) for spine in ("doubling", "last")),
-    ("stream", {"heads": "own"}),
     ("greedy", {}),
     ("greedy", {"states": "chain"}),
     ("pipeline", {}),
@@ -83,8 +84,8 @@ def test_every_choice_of_states_and_credit(name, options, engine, stage):
     [
         (ChainStates, lambda: ArcCredit(cross_entropy, "triplet")),
         (ChainStates, lambda: ScanCredit(cross_entropy, 2, None, "identity")),
-        (lambda: ChainStates(carry_gradient=True), lambda: SpineCredit(cross_entropy, "last", 1.0, [])),
-        (lambda: TreeStates("prior", False), lambda: SpineCredit(cross_entropy, "right", 1.0, [])),
+        (lambda: ChainStates(carry_gradient=True), lambda: ReadoutCredit(cross_entropy, "last")),
+        (lambda: TreeStates("prior", False), lambda: ReadoutCredit(cross_entropy, "right")),
         (lambda: TreeStates("prior", False), lambda: ScanCredit(cross_entropy, 1, None, "identity")),
     ],
 )

@@ -74,7 +74,8 @@ def test_stream_holds_one_stage_and_its_spine(states, kind, size):
     most = max(
         through(network, [*blocks, *(stages[j][-1] for j in jumps(k, stages, kind))]) for k, blocks in enumerate(stages)
     )
-    rule = make_rule("stream", network, stage=size, states=states, spine=kind, engine="loop")
+    passing = {"readout": "head"} if kind == "none" else {"spine": kind}
+    rule = make_rule("stream", network, stage=size, states=states, engine="loop", **passing)
     kept = len(stages) if states == "stream" else 0  # what each stage leaves for the next step
     found = step_memory(rule, x, y)
     assert found <= most + (4 + kept) * STATE

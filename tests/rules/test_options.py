@@ -17,7 +17,7 @@ def network():
 
 
 def test_the_table():
-    assert list(RULES) == ["paper", "tree", "scan", "stream", "greedy", "pipeline", "bp", *LOCAL]
+    assert list(RULES) == ["paper", "tree", "scan", "stream", "greedy", "solo", "pipeline", "bp", *LOCAL]
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("papper", "paper"), ("tre", "tree"), ("bpp", "bp"), ("steam", "stream")])
@@ -52,11 +52,11 @@ def test_the_nearest_option_is_named(name, typed, meant):
         ("stream", "sweeps", 5),
         ("paper", "credit_sweeps", 0),
         ("tree", "tolerance", 0.1),
-        ("scan", "heads", "own"),
+        ("scan", "readout", "head"),
         ("greedy", "noise", 0.1),
         ("bp", "stage", 2),
         ("bp", "engine", "loop"),
-        ("pipeline", "spine", "none"),
+        ("pipeline", "spine", "last"),
         ("dgl", "rim", 0.3),
         ("bll", "scope", "block"),
     ],

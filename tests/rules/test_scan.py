@@ -31,7 +31,7 @@ from hbll.rules.chain import ChainStates
 from hbll.rules.composed import Composed
 from hbll.rules.guess import Guess, Guessed, MeanGuess
 from hbll.rules.scan import ScanCredit, ScanStates
-from hbll.rules.stream import SpineCredit
+from hbll.rules.stream import ReadoutCredit
 
 every_engine = pytest.mark.parametrize("engine", ["loop", "batched"])
 RESIDUAL = {"mlp": residual, "convolutional": convolutional, "transformer": transformer}
@@ -138,7 +138,7 @@ class TestExactness:
 
     def test_spine_credit_on_scanned_states(self):
         net, x, y = residual(6)
-        states, credit = ScanStates(MeanGuess(), 5, None, "identity"), SpineCredit(cross_entropy, "doubling", 1.0, ())
+        states, credit = ScanStates(MeanGuess(), 5, None, "identity"), ReadoutCredit(cross_entropy, "doubling")
         step = Composed(net, states, credit)(x, y)
         expected = StreamStep(net, 1, flight=False).losses(x, y)  # the states are the chain's own
         assert_equal_gradients(gradients(net, step.loss), gradients(net, sum(expected.values())))

@@ -19,7 +19,7 @@ from hbll.cut import cut
 from hbll.losses import cross_entropy
 from hbll.rules.chain import ChainStates
 from hbll.rules.composed import Composed, Cut
-from hbll.rules.stream import SpineCredit
+from hbll.rules.stream import ReadoutCredit
 from hbll.rules.tree import ArcCredit, TreeStates
 
 
@@ -60,19 +60,18 @@ class TestCut:
         assert found.depth([found.last]) == found.size([found.last]) == len(expected[-1])
 
     @pytest.mark.parametrize(("size", "engine"), [(1, "batched"), (3, "loop"), (3, "batched"), (4, "batched")])
-    def test_engines_evaluate_stages_and_their_last_blocks(self, size, engine):
+    def test_the_engine_evaluates_stages(self, size, engine):
         net, _, _ = mlp(9)
         found = Cut.of(net, cut(net, size), engine, False)
         inputs = torch.randn(found.last, 2, 6, dtype=torch.float64)
         which = stages_of(8, size)
-        for chosen in (found.engine, found.last_blocks):
-            for group in chosen.groups(found.nodes):
-                outputs = chosen(group, inputs[[n - 1 for n in group]], [{}] * len(group)).outputs
-                for n, output in zip(group, outputs, strict=True):
-                    state = inputs[n - 1]
-                    for block in which[n - 1] if chosen is found.engine else which[n - 1][-1:]:
-                        state = net.blocks[block - 1](state)
-                    torch.testing.assert_close(output, state)
+        for group in found.engine.groups(found.nodes):
+            outputs = found.engine(group, inputs[[n - 1 for n in group]], [{}] * len(group)).outputs
+            for n, output in zip(group, outputs, strict=True):
+                state = inputs[n - 1]
+                for block in which[n - 1]:
+                    state = net.blocks[block - 1](state)
+                torch.testing.assert_close(output, state)
 
     def test_a_replaced_block_is_seen(self):
         net, x, y = mlp(8)
@@ -114,7 +113,7 @@ class TestRules:
         net, x, y = mlp(12)  # 11 blocks: the last stage is short
         other = merged(net, size)
         # Spines pass a stage's last block alone; with whole stages for blocks they would pass all of it.
-        options = {"spine": "none"} if name == "stream" else {}
+        options = {"readout": "head"} if name == "stream" else {}
         ours = make_rule(name, net, stage=size, engine=engine, **options)
         plain = make_rule(name, other, engine="loop", **options)
         assert [list(stage.numbers) for stage in ours.stages] == stages_of(11, size)
@@ -188,7 +187,7 @@ class TestCombinations:
                 state = f[m - 1][-1](state)
             total = total + F.cross_entropy(net.head(state), y)
         given = TreeStates("prior", False) if states == "tree" else ChainStates(carry_gradient=True)
-        step = Composed(net, given, SpineCredit(cross_entropy, "right", 1.0, ()), stage=size, engine=engine)(x, y)
+        step = Composed(net, given, ReadoutCredit(cross_entropy, "right"), stage=size, engine=engine)(x, y)
         torch.testing.assert_close(step.loss.detach(), total.detach())
         assert_equal_gradients(gradients(net, step.loss), gradients(net, total))
 
@@ -230,7 +229,7 @@ class TestAudit:
         _, rows = self.rows("stream", spine="right")
         assert rows[1].uses == self.names(6, "head")
         assert rows[2].uses == ("head",)
-        _, rows = self.rows("stream", spine="none")
+        _, rows = self.rows("stream", readout="head")
         assert rows[1].uses == ("head",)
         assert rows[1].reaches == self.names("embed", 1, 2, 3, "head")
 

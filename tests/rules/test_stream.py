@@ -25,14 +25,23 @@ from tests.oracles.stream_step import StreamStep, jumps
 from torch import nn
 
 from hbll import Chain, Step, make_rule
-from hbll.rules.stream import spine
+from hbll.rules.readouts import spine
 from hbll.tree import Tree
 
 every_engine = pytest.mark.parametrize("engine", ["loop", "batched"])
 
 
+def passing(way):
+    """The options of stream for a spine of that kind, or for none."""
+    return {"readout": "head"} if way == "none" else {"spine": way}
+
+
 def errors(step):
     return {n: report.error for n, report in step.reports.items()}
+
+
+def own_heads(rule):
+    return [readout.head for readout in rule.credit.own]
 
 
 def values(losses):
@@ -62,7 +71,7 @@ class TestPseudoCode:
     def test_parameters_after_several_steps(self, kind, size, way, engine, sizes):
         net, _, _ = KINDS[kind][0](8)
         other = copy.deepcopy(net)
-        rule, oracle = make_rule("stream", net, stage=size, spine=way, engine=engine), StreamStep(other, size, way)
+        rule, oracle = make_rule("stream", net, stage=size, **passing(way), engine=engine), StreamStep(other, size, way)
         moved = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (net, other)]
         for batch in [*batches(9, kind, sizes=sizes), (None, None), (None, None)]:  # in the end no new ones come in
             if not oracle.inputs and batch[0] is None:
@@ -109,14 +118,14 @@ class TestPseudoCode:
             ("mlp", (3, 4), "last", "stream"),
             ("convolutional", 3, "right", "stream"),
             ("transformer", 2, "none", "greedy"),
-            ("mlp", 1, "doubling", "greedy"),
+            ("mlp", 1, "none", "greedy"),
         ],
     )
     def test_in_order_within_the_step(self, kind, size, way, name):
         # The states of the chain with spine credit: what the pipeline costs is then zero.
         net, x, y = KINDS[kind][0](8)
-        rule = make_rule(name, net, stage=size, spine=way, states="chain")
-        losses = StreamStep(net, size, way, heads=list(rule.credit.heads), flight=False).losses(x, y)
+        rule = make_rule(name, net, stage=size, **passing(way), states="chain")
+        losses = StreamStep(net, size, way, heads=own_heads(rule), flight=False).losses(x, y)
         step = rule(x, y)
         torch.testing.assert_close(step.loss.detach(), sum(losses.values()).detach())
         torch.testing.assert_close(step.label_loss, losses[len(rule.stages)].detach())
@@ -140,8 +149,8 @@ class TestOrder:
                 self.tensor = tensor.detach()
                 alive.add(self)
 
-        rule = make_rule(name, net, stage=2, spine=way, states="chain")
-        oracle = StreamStep(net, 2, way, heads=list(rule.credit.heads), flight=False)
+        rule = make_rule(name, net, stage=2, **passing(way), states="chain")
+        oracle = StreamStep(net, 2, way, heads=own_heads(rule), flight=False)
         most, stages, each = 0, [], []
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
             for loss in rule.losses(x, y, Step()):
@@ -186,7 +195,7 @@ class TestStates:
 
     def test_in_evaluation_the_batch_passes_all_stages(self):
         net, x, y = mlp(8)
-        rule = make_rule("stream", net, spine="none")
+        rule = make_rule("stream", net, readout="head")
         for other in batches(3):
             rule(*other)
         rule.eval()
@@ -225,7 +234,7 @@ class TestErrorBound:
         chain = [Shifted(5, lipschitz) for _ in range(blocks)]
         net = Chain(nn.Linear(INPUTS, WIDTH), chain, nn.Linear(WIDTH, CLASSES)).double()
         x, y = torch.randn(1, INPUTS, dtype=torch.float64), torch.tensor([1])
-        losses = make_rule("stream", net, states="chain", spine=kind).losses(x, y, Step())
+        losses = make_rule("stream", net, states="chain", **passing(kind)).losses(x, y, Step())
         # Each stage's own loss: those of others reach its block by their spines. The embed is walked back by itself.
         credit = {
             loss.stage: torch.autograd.grad(loss.value, net.blocks[loss.stage - 1].shift)[0]
@@ -264,7 +273,7 @@ class TestErrorBound:
 class TestSpine:
     """The jumps of every stage."""
 
-    @pytest.mark.parametrize("kind", ["doubling", "right", "last", "none"])
+    @pytest.mark.parametrize("kind", ["doubling", "right", "last"])
     @given(last=st.integers(1, 70))
     @settings(max_examples=20)
     def test_brute_force(self, kind, last):
@@ -284,7 +293,6 @@ class TestSpine:
         assert spine(14, tree, "doubling") == (15,)
         assert spine(15, tree, "doubling") == ()
         assert spine(5, tree, "right") == (6, 8)
-        assert spine(1, tree, "none") == ()
 
 
 class TestShare:
@@ -296,7 +304,7 @@ class TestShare:
     )
     def test_unbiased_and_bounded(self, share, count, way, engine):
         net, x, y = mlp(5)
-        whole, rule = (make_rule("stream", net, spine=way, engine=engine, spine_share=s) for s in (1.0, share))
+        whole, rule = (make_rule("stream", net, **passing(way), engine=engine, spine_share=s) for s in (1.0, share))
         for _ in range(4):
             full, _ = whole(x, y), rule(x, y)
         torch.manual_seed(0)
@@ -317,7 +325,7 @@ class TestShare:
     @pytest.mark.parametrize(("states", "engine"), [("stream", "loop"), ("stream", "batched"), ("chain", "loop")])
     def test_stages_without_credit_stay(self, states, engine):
         net, x, y = mlp(9)
-        rule = make_rule("stream", net, spine="none", spine_share=0.3, states=states, engine=engine)
+        rule = make_rule("stream", net, readout="head", spine_share=0.3, states=states, engine=engine)
         torch.manual_seed(0)
         for _ in range(10):
             step = rule(x, y)
@@ -352,18 +360,17 @@ class TestGreedy:
     def test_by_autograd(self, kind, size, engine):
         net, _, _ = KINDS[kind][0](8)
         rule = make_rule("greedy", net, stage=size, engine=engine)
-        oracle = StreamStep(net, size, "none", heads=list(rule.credit.heads))
+        oracle = StreamStep(net, size, "none", heads=own_heads(rule))
         for batch in batches(len(rule.stages) + 1, kind, sizes=(4, 2)):
             step, loss = rule(*batch), oracle.loss(*batch)
             assert_equal_gradients(gradients(rule, step.loss), gradients(rule, loss))
 
-    def test_heads_are_fresh(self):
+    def test_heads_are_copies(self):
         net, _, _ = mlp(8)
-        heads = make_rule("greedy", net).credit.heads
+        heads = own_heads(make_rule("greedy", net))
         assert len({id(p) for head in [*heads, net.head] for p in head.parameters()}) == 2 * 7
         for head in heads:
-            assert head.weight.shape == net.head.weight.shape
-            assert not torch.equal(head.weight, net.head.weight)
+            assert torch.equal(head.weight, net.head.weight)
 
     def test_stages_are_independent_of_each_other(self):
         net, x, y = mlp(8)
@@ -420,8 +427,8 @@ def test_training_lowers_the_chains_loss_without_skips():
         ({"spine_share": float("nan")}, "spine_share must be positive"),
         ({"spine_share": 1.01}, "spine_share is at most 1; got 1.01"),
         ({"states": "tree"}, "states is one of stream, chain; got 'tree'"),
-        ({"spine": "nonsense"}, "spine is one of doubling, right, last, none; got 'nonsense'"),
-        ({"heads": "nonsense"}, "heads is one of shared, own; got 'nonsense'"),
+        ({"spine": "nonsense"}, "spine is one of doubling, right, last; got 'nonsense'"),
+        ({"readout": "nonsense"}, "readout is one of spine, head, solo; got 'nonsense'"),
     ],
 )
 def test_values_that_cannot_be(options, sentence):

@@ -177,6 +177,19 @@ class ChainRecipe(Recipe):
     """Of the method scan: end its sweeps as soon as one changes states or credit by less than this share of their norm; the
     numbers of sweeps are then the most (the method's own: none)."""
 
+    readout: Literal["spine", "head", "solo"] | None = None
+    """Of the method stream: how a stage's output reaches the label: along a spine of later blocks, by the head alone, or by
+    blocks of its own and the head's last layer of some steps before (its own: spine)."""
+
+    readout_depth: int | None = None
+    """Of stream and solo: blocks that a readout passes of every stage of its spine, or has of its own (1; solo 2)."""
+
+    copies: bool = False
+    """Of stream: whether readouts are copies that belong to the stage, so that nothing but states goes from stage to stage."""
+
+    refresh: int | None = None
+    """Of stream with copies, and solo: steps after which copies and originals meet (never; solo reads the head every step)."""
+
     rim: float | None = None
     """Weight of the mean loss of the rim's paths, which keeps short paths accurate (the method's own: 0)."""
 
@@ -185,7 +198,9 @@ class ChainRecipe(Recipe):
         if self.stage is not None and self.cuts is not None:
             raise ValueError("give --stage or --cuts, not both")
         for option, value in self.chosen().items():
-            least = 1 if option in ("stage", "cuts", "sweeps") else 0
+            if isinstance(value, str):
+                continue
+            least = 1 if option in ("stage", "cuts", "sweeps", "readout_depth", "refresh") else 0
             for number in value if isinstance(value, tuple) else [value]:
                 if not least <= number < math.inf:
                     finite = " and finite" if option in ("tolerance", "rim") else ""
@@ -194,7 +209,7 @@ class ChainRecipe(Recipe):
     def chosen(self) -> dict[str, Any]:
         """The rule's options that were given."""
         given = {option: getattr(self, option) for option in RULE_OPTIONS}
-        return {option: value for option, value in given.items() if value is not None}
+        return {option: value for option, value in given.items() if value is not None and value is not False}
 
     def reads(self, method: str, option: str) -> bool:
         kind = RULES[check_known(method, RULES, "rule")]
@@ -209,7 +224,18 @@ class ChainRecipe(Recipe):
         return make_rule(method, network, example, **self.suited.get(method, {}), **options)
 
 
-RULE_OPTIONS = ("stage", "cuts", "sweeps", "credit_sweeps", "tolerance", "rim")
+RULE_OPTIONS = (
+    "stage",
+    "cuts",
+    "sweeps",
+    "credit_sweeps",
+    "tolerance",
+    "readout",
+    "readout_depth",
+    "copies",
+    "refresh",
+    "rim",
+)
 """Those options of a chain's recipe that its rule reads."""
 
 ANY_SHAPE = tuple(name for name, kind in RULES.items() if issubclass(kind, (Backpropagation, Pipeline, LocalRule)))

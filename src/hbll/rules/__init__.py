@@ -16,7 +16,7 @@ from hbll.rules.forward_forward import ForwardForward
 from hbll.rules.pipeline import Pipeline
 from hbll.rules.predsim import PredSim
 from hbll.rules.scan import Scan
-from hbll.rules.stream import Greedy, Stream
+from hbll.rules.stream import Greedy, Solo, Stream
 from hbll.rules.tree import Paper, Tree
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Pipeline",
     "PredSim",
     "Scan",
+    "Solo",
     "Stream",
     "Tree",
     "make_rule",
@@ -44,6 +45,7 @@ RULES: Mapping[str, type[Rule]] = {
     "scan": Scan,
     "stream": Stream,
     "greedy": Greedy,
+    "solo": Solo,
     "pipeline": Pipeline,
     "bp": Backpropagation,
     "dgl": DecoupledGreedy,

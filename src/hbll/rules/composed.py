@@ -143,7 +143,7 @@ class Cut:
 
     Attributes:
         engine: evaluates stages.
-        last_blocks: evaluates the last block of stages; the engine itself if stages are single blocks.
+        choice: the user's, by which other engines are made too.
         pulls_back: whether credit pulls gradients back to the inputs of fronts, which are then leaves.
     """
 
@@ -151,17 +151,14 @@ class Cut:
     network: Chain
     tree: Tree
     engine: Engine
-    last_blocks: Engine
+    choice: EngineChoice
     pulls_back: bool
 
     @classmethod
     def of(cls, network: Chain, stages: tuple[Stage, ...], choice: EngineChoice, pulls_back: bool) -> "Cut":
-        """With engines of a user's choice."""
-        engine = last_blocks = make_engine(stages, [stage.title for stage in stages], choice)
-        if len(stages) < len(network.blocks):
-            names = [f"block {stage.numbers[-1]}" for stage in stages]
-            last_blocks = make_engine([stage.blocks[-1] for stage in stages], names, choice)
-        return cls(stages, network, Tree(len(stages) + 1), engine, last_blocks, pulls_back)
+        """With an engine of a user's choice."""
+        engine = make_engine(stages, [stage.title for stage in stages], choice)
+        return cls(stages, network, Tree(len(stages) + 1), engine, choice, pulls_back)
 
     @property
     def device(self) -> torch.device:

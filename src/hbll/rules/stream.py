@@ -1,4 +1,4 @@
-"""Stream: the chain's own states, pipelined over steps; credit along a spine, a few jumps to the head.
+"""Stream: the chain's own states, pipelined over steps; credit through each stage's readout, a few jumps to the head.
 
 At step t stage n works on the mini-batch that entered the network n - 1 steps ago: its input is what stage n - 1 left in the
 step before. No stage waits for another; on one device they are evaluated in order within the step (``states="chain"``).
@@ -6,14 +6,15 @@ step before. No stage waits for another; on one device they are evaluated in ord
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from itertools import accumulate, pairwise
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from hbll.carry import Carry, concatenate, own_copy
-from hbll.cut import cut, fresh_copy
-from hbll.engine import stack
+from hbll.cut import cut
+from hbll.engine import Engine, make_engine, stack
 from hbll.losses import Loss, cross_entropy, row_means, sample_losses, wide
 from hbll.names import check_choice, check_number
 from hbll.network import Chain, Context, check_shape, evaluate, out_of_order
@@ -31,11 +32,9 @@ from hbll.rules.composed import (
     Walk,
     count_walks,
 )
-from hbll.tree import Tree
+from hbll.rules.readouts import Meet, Meeting, Spine, StageReadout, copied, meet, passed, solo
 
-__all__ = ["Greedy", "SpineCredit", "Stream", "StreamStates", "spine"]
-
-Spine = Literal["doubling", "right", "last", "none"]
+__all__ = ["Greedy", "ReadoutCredit", "Solo", "Stream", "StreamStates"]
 
 
 class StreamStates(States):
@@ -92,28 +91,49 @@ def _in_flight(state: Tensor, labels: Any, context: Context) -> Batch:
     return Batch(None, labels, state, context)
 
 
-class SpineCredit(Credit):
-    """The gradient of the label's loss through a few jumps: each stage's output goes on to the head through the last
-    blocks of at most log2 S + 1 later stages, which learn to be called from afar.
-
-    Without jumps and with heads of their own the stages learn greedily (Belilovsky et al., arXiv 1901.08164).
+class ReadoutCredit(Credit):
+    """The gradient of the label's loss through each stage's readout: a few jumps to the head, or less.
 
     Args:
         loss: the label's loss.
-        heads: those of all stages but the last; none for the network's own.
-        kind, share: as of ``Stream``.
+        kind: the spine that readouts pass; None for none.
+        depth: how many blocks they pass of every stage of it.
+        share: of the stages, as of ``Stream``.
+        own: the readouts of all stages but the last, if they are the stages' own and not the network's modules.
+        refresh, how: how often and how these and the network's modules meet, as of ``Stream``.
     """
 
     takes_pipelined = True
 
-    def __init__(self, loss: Loss, kind: Spine, share: float, heads: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        kind: Spine | None,
+        depth: int = 1,
+        share: float = 1.0,
+        own: Sequence[StageReadout] = (),
+        refresh: int | None = None,
+        how: Meet = "mean",
+    ) -> None:
         super().__init__()
         self.loss = loss
-        self.kind: Spine = kind
+        self.kind: Spine | None = kind
+        self.depth = depth
         self.share = share
-        self.heads = nn.ModuleList(heads)
+        self.readouts = nn.ModuleList(own)
+        self.refresh = refresh
+        self.how: Meet = how
+        self.clock = Carry()
+        """Steps so far."""
+        self._ways: tuple[Cut, _Ways] | None = None
 
     def losses(self, fronts: Iterator[Front], cut: Cut, targets: Targets, step: Step) -> Iterator[StageLoss]:
+        if self.refresh and self.training and not step.look:
+            time = self.clock.nest or 0
+            if time and time % self.refresh == 0:
+                for meeting in self.meetings(cut):
+                    meet(meeting.original, list(meeting.copies.values()), self.how)
+            self.clock.leave(time + 1)
         lucky: tuple[int, ...] | None = None
         walks, arrivals = [], {}
         for front in fronts:
@@ -129,6 +149,15 @@ class SpineCredit(Credit):
             del front
         count_walks(walks, arrivals, cut, step)
 
+    @property
+    def own(self) -> list[StageReadout]:
+        """The stages' own readouts, if they have some."""
+        return cast("list[StageReadout]", list(self.readouts))
+
+    def meetings(self, cut: Cut) -> list[Meeting]:
+        """The modules that are refreshed, with their copies."""
+        return list(Meeting.all(cut.network, cut.stages, self.own))
+
     def _drawn(self, active: tuple[int, ...]) -> tuple[int, ...]:
         if not self.training or self.share == 1:
             return active
@@ -136,22 +165,23 @@ class SpineCredit(Credit):
         return tuple(active[i] for i in sorted(torch.randperm(len(active))[:count].tolist()))
 
     def _values(self, front: Front, places: Sequence[int], cut: Cut, step: Step) -> tuple[Tensor, int]:
-        """The mean loss at the head of some of a front's stages, (n,), and the span at which their gradients are there."""
+        """The mean loss at the end of some stages' readouts, (n,), and the span at which their gradients are there."""
         nodes, batches = [front.stages[i] for i in places], [front.batches[i] for i in places]
         outputs = front.evaluation.outputs.unbind(0)
         states = [outputs[i] for i in places]
-        spines = [spine(n, cut.tree, self.kind) for n in nodes]
+        engine, ways = self.ways(cut)
+        passing = [ways[n] for n in nodes]
         trained = False
-        for jump in range(max(map(len, spines))):
-            moving = [i for i, jumps in enumerate(spines) if jump < len(jumps)]
-            through = [spines[i][jump] for i in moving]
-            for group in cut.last_blocks.partition(through, [states[i] for i in moving]):
+        for jump in range(max(map(len, passing))):
+            moving = [i for i, way in enumerate(passing) if jump < len(way)]
+            through = [passing[i][jump] for i in moving]
+            for group in engine.partition(through, [states[i] for i in moving]):
                 rows = [moving[p] for p in group]
-                passed = tuple(through[p] for p in group)
+                blocks = tuple(through[p] for p in group)
                 before = stack([states[i] for i in rows])
-                name = cut.last_blocks.names[passed[0] - 1]
+                name = engine.names[blocks[0] - 1]
                 with out_of_order(name, before[0]):
-                    evaluation = cut.last_blocks(passed, before, [batches[i].context for i in rows])
+                    evaluation = engine(blocks, before, [batches[i].context for i in rows])
                 check_shape(name, evaluation.outputs[0], before[0])
                 trained = trained or bool(evaluation.parameters)
                 for i, state in zip(rows, evaluation.outputs.unbind(0), strict=True):
@@ -164,10 +194,29 @@ class SpineCredit(Credit):
         step.report(nodes, error=means)
         if nodes[-1] == cut.last:
             step.label_loss = means[-1].detach()
-        blocks, length = sum(map(len, spines)), max(map(len, spines))
+        blocks, length = sum(map(len, passing)), max(map(len, passing))
         step.count(blocks, front.depth + length)
         step.count(blocks * (2 if trained else 1), front.depth + 2 * length)
         return means, front.depth + 2 * length
+
+    def ways(self, cut: Cut) -> "_Ways":
+        """What the stages' outputs pass."""
+        if self._ways is None or self._ways[0] is not cut:
+            self._ways = cut, self._own_ways(cut) if self.own else self._shared_ways(cut)
+        return self._ways[1]
+
+    def _shared_ways(self, cut: Cut) -> "_Ways":
+        blocks, engine = cut.network.blocks, cut.engine
+        if len(cut.stages) < len(blocks):
+            engine = make_engine(list(blocks), [f"block {n}" for n in range(1, len(blocks) + 1)], cut.choice)
+        return _Ways(engine, {n: passed(n, cut.stages, self.kind, self.depth) for n in cut.nodes})
+
+    def _own_ways(self, cut: Cut) -> "_Ways":
+        blocks: list[nn.Module] = [block for readout in self.own for block in readout.blocks]
+        names = [f"a block of stage {n}'s readout" for n, readout in enumerate(self.own, 1) for _ in readout.blocks]
+        ends = [0, *accumulate(len(readout.blocks) for readout in self.own)]
+        ways = {n: tuple(range(a + 1, b + 1)) for n, (a, b) in enumerate(pairwise(ends), 1)}
+        return _Ways(make_engine(blocks, names, cut.choice) if blocks else cut.engine, ways | {cut.last: ()})
 
     def _predict(self, nodes: Sequence[int], states: Sequence[Tensor], batches: Sequence[Batch], cut: Cut) -> Any:
         """The heads' outputs, one stage's samples after the other's."""
@@ -179,48 +228,47 @@ class SpineCredit(Credit):
         )
 
     def _head(self, node: int, cut: Cut) -> nn.Module:
-        return self.heads[node - 1] if self.heads and node < cut.last else cut.network.head
+        return self.own[node - 1].head if self.own and node < cut.last else cut.network.head
 
     def auxiliary(self, stage: int) -> list[nn.Module]:
-        return [self.heads[stage - 1]] if stage <= len(self.heads) else []
+        return [self.own[stage - 1]] if stage <= len(self.own) else []
+
+    def carries(self) -> Mapping[str, Carry]:
+        return {"clock": self.clock} if self.refresh else {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ways": None}
 
 
-def spine(node: int, tree: Tree, kind: Spine) -> tuple[int, ...]:
-    """The stages whose last blocks a stage's output passes on its way to the head.
-
-    Args:
-        node: the stage.
-        tree: the tree over stages 1..S.
-        kind: ``doubling``: node + 1, + 3, + 7, .., S; ``right``: the right parents up to the label; ``last``: S; ``none``.
-    """
-    last = tree.nodes - 1
-    if kind == "none" or node == last:
-        return ()
-    if kind == "last":
-        return (last,)
-    if kind == "right":
-        after = tree.right(node)
-        return () if after > last else (after, *spine(after, tree, kind))
-    ahead = [node + 2**k - 1 for k in range(1, (last - node).bit_length() + 1)]
-    return (*(n for n in ahead if n < last), last)
+class _Ways(NamedTuple):
+    engine: Engine
+    passed: Mapping[int, tuple[int, ...]]
+    """By stage, the blocks of the engine that its output passes."""
 
 
 class Stream(Composed):
-    """The chain's own states, pipelined over steps, and credit along a spine.
+    """The chain's own states, pipelined over steps, and credit through each stage's readout.
 
     Args:
-        network: the network to train; blocks that spines pass keep the shape of the state.
+        network: the network to train; blocks that readouts pass keep the shape of the state.
         states: ``stream``: each stage works on what the one before it left in the last step, for stages on devices of their
             own; ``chain``: in order within the step, the way on one device, in the least memory.
-        spine: the stages whose last blocks credit passes on its way to the head: 1, 3, 7, .. on (``doubling``); the
-            ``right`` parents; the ``last`` one alone; ``none``.
+        readout: how a stage's output reaches the label: along a ``spine`` through a few later blocks to the head; by the
+            ``head`` alone; or by ``solo``, blocks of the stage's own and the head's last layer of some steps before, read
+            only, times a temperature that is learnt (arXiv 2609.35440).
+        spine: the stages whose last blocks a spine passes: 1, 3, 7, .. on (``doubling``, the default); the ``right``
+            parents; the ``last`` one alone.
+        readout_depth: how many blocks a spine passes of each of these stages (1); or how many of its own a solo readout
+            has (2).
+        copies: whether what a readout passes are copies of the stage's own, which its loss trains alone, so that nothing
+            but states and labels goes from stage to stage; else they are the network's blocks and head, which all train.
+        refresh: steps after which copies and originals meet, and solo reads the head anew; None for never.
+        meet: whether copies and originals become the ``mean`` of all of them, or the copies the ``original``.
         spine_share: share of the stages, drawn anew each step, that receive credit; theirs is scaled up to make up for it.
-        heads: whether a spine ends at the network's head (``shared``) or, except the last stage's, at a fresh copy of the
-            stage's ``own``.
         stage, rim, loss, engine: as of ``Composed``.
 
     Raises:
-        ValueError: an option has no such value.
+        ValueError: an option has no such value, or does nothing beside the others.
     """
 
     def __init__(
@@ -229,25 +277,51 @@ class Stream(Composed):
         *,
         stage: int | Sequence[int] = 1,
         states: Literal["stream", "chain"] = "stream",
-        spine: Spine = "doubling",
+        readout: Literal["spine", "head", "solo"] = "spine",
+        spine: Spine | None = None,
+        readout_depth: int | None = None,
+        copies: bool = False,
+        refresh: int | None = None,
+        meet: Meet = "mean",
         spine_share: float = 1.0,
-        heads: Literal["shared", "own"] = "shared",
         rim: float = 0.0,
         loss: Loss = cross_entropy,
         engine: EngineChoice = "auto",
     ) -> None:
         check_choice("states", states, ("stream", "chain"))
-        check_choice("spine", spine, ("doubling", "right", "last", "none"))
-        check_choice("heads", heads, ("shared", "own"))
+        check_choice("readout", readout, ("spine", "head", "solo"))
+        check_choice("meet", meet, ("mean", "original"))
         check_number("spine_share", spine_share, above=0)
         if spine_share > 1:
             raise ValueError(f"spine_share is at most 1; got {spine_share}")
+        if spine is not None:
+            check_choice("spine", spine, ("doubling", "right", "last"))
+        for option, value, where in (("spine", spine, ("spine",)), ("readout_depth", readout_depth, ("spine", "solo"))):
+            if value is not None and readout not in where:
+                raise ValueError(
+                    f"{option} is of readout={' or '.join(map(repr, where))}; leave it out for {readout!r}"
+                )
+        for option, value in (("readout_depth", readout_depth), ("refresh", refresh)):
+            if value is not None:
+                check_number(option, value, least=1)
+        if readout == "solo":
+            if copies or meet != "mean":
+                raise ValueError("solo's blocks are the stage's own: leave out copies and meet")
+            if refresh is None:
+                raise ValueError("solo reads the head as it was some steps before: give refresh=1 or more")
+        elif refresh is not None and not copies:
+            raise ValueError("refresh is of copies that meet their originals: give copies=True too")
+        if meet != "mean" and refresh is None:
+            raise ValueError("meet says how copies are refreshed: give refresh too")
+        kind = (spine or "doubling") if readout == "spine" else None
+        depth = readout_depth or (2 if readout == "solo" else 1)
         stages = cut(network, stage)
-        own = [fresh_copy(network.head) for _ in stages[:-1]] if heads == "own" else []
+        own: Sequence[StageReadout] = solo(network, stages, depth) if readout == "solo" else ()
+        own = copied(network, stages, kind, depth) if copies else own
         super().__init__(
             network,
             StreamStates() if states == "stream" else ChainStates(),
-            SpineCredit(loss, spine, spine_share, own),
+            ReadoutCredit(loss, kind, depth, spine_share, own, refresh, "original" if readout == "solo" else meet),
             stage=stage,
             rim=rim,
             loss=loss,
@@ -256,19 +330,38 @@ class Stream(Composed):
 
 
 class Greedy(Stream):
-    """Stages that learn by heads of their own, without a spine: the shortest sight, and the least work.
+    """Stages that learn by heads of their own (Belilovsky et al., arXiv 1901.08164): the shortest sight, and the least work.
 
     Args:
         network: the network to train; blocks may change the shape of the state if copies of the head take it.
-        spine, heads, options: as of ``Stream``.
+        readout, copies, options: as of ``Stream``.
     """
 
     def __init__(
         self,
         network: Chain,
         *,
-        spine: Spine = "none",
-        heads: Literal["shared", "own"] = "own",
+        readout: Literal["spine", "head", "solo"] = "head",
+        copies: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(network, spine=spine, heads=heads, **options)
+        super().__init__(network, readout=readout, copies=copies, **options)
+
+
+class Solo(Stream):
+    """Stages that learn through blocks of their own and the head's last layer of some steps before (arXiv 2609.35440).
+
+    Args:
+        network: the network to train.
+        readout, refresh, options: as of ``Stream``.
+    """
+
+    def __init__(
+        self,
+        network: Chain,
+        *,
+        readout: Literal["spine", "head", "solo"] = "solo",
+        refresh: int | None = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(network, readout=readout, refresh=refresh, **options)

@@ -38,7 +38,8 @@ def make_optimizers(rule: Rule, name: str, learning_rate: float, weight_decay: f
 def _matrices(rule: Rule) -> list[nn.Parameter]:
     blocks = list(rule.network.blocks)
     beside = [module for stage in range(1, len(rule.stages) + 1) for module in rule.auxiliary(stage)]
-    copies = [module for module in beside if any(_alike(module, block) for block in blocks)]
+    parts = (part for module in beside for part in module.modules())
+    copies = [part for part in parts if any(_alike(part, block) for block in blocks)]
     found = dict.fromkeys(p for module in [*blocks, *copies] for p in module.parameters() if p.ndim == 2)
     if not found:
         raise ValueError("muon moves the matrices inside blocks, and these have none: take adamw")
