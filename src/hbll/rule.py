@@ -21,9 +21,22 @@ from hbll.carry import Carry, map_tensors, own_copy
 from hbll.cut import Stage, cut
 from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.modes import evaluating, is_trained
-from hbll.network import Chain, Readout
+from hbll.network import Chain, Context, Readout
 
-__all__ = ["Report", "Rule", "StageLoss", "Step", "attach_gradients"]
+__all__ = ["Message", "Report", "Rule", "StageLoss", "Step", "attach_gradients"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one stage hands to the next; to the first stage goes a batch itself."""
+
+    state: Any
+    """(B, ...), without graph; of a batch the input that the embed takes."""
+
+    labels: Any
+
+    context: Context
+    """Of a batch nothing, since the embed makes it."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +236,25 @@ class Rule(nn.Module, ABC):
             step: where the cost, and what is to be reported, is noted.
         """
 
+    def stage_losses(
+        self, stage: int, given: Message, step: Step, hand_on: Callable[[Message], None]
+    ) -> Iterator[StageLoss]:
+        """The losses of one stage alone, which reach nothing of other stages; for a stage in a process of its own.
+
+        Args:
+            stage: from 1 to S.
+            given: what the stage before handed on.
+            step: as for ``losses``.
+            hand_on: takes what the next stage is given, before the first loss is yielded; not called by the last stage.
+
+        Raises:
+            ValueError: the losses of the rule reach other stages.
+        """
+        raise ValueError(
+            f"by {type(self).__name__} the loss of a stage reaches other stages, or waits for them: stages of their own are "
+            "for stream with copies, greedy, solo, dgl, predsim and cff"
+        )
+
     def build(self, x: Any) -> None:
         """Makes the modules of a rule that depend on the shapes of states, as a batch of inputs gives them."""
 
@@ -304,11 +336,28 @@ class Rule(nn.Module, ABC):
                 "DistributedDataParallel(rule, find_unused_parameters=True), and call that"
             )
 
-        def walk(loss: StageLoss) -> None:
-            if loss.value.requires_grad:  # what was gathered has been scaled when it was
-                (loss.value if loss.gathered else loss.value * scale).backward()
+        return self._taken(x, y, _into_grad(scale), Step(scale=scale))
 
-        return self._taken(x, y, walk, Step(scale=scale))
+    @final
+    def stage_backward(
+        self, stage: int, given: Message, hand_on: Callable[[Message], None], scale: Tensor | float = 1.0
+    ) -> Step:
+        """A training step of one stage alone, whose gradients are added to ``.grad``.
+
+        Args: as of ``stage_losses`` and ``backward``.
+
+        Raises:
+            ValueError: as ``stage_losses``.
+        """
+        step = Step(scale=scale)
+        walk = _into_grad(scale)
+        values = []
+        for loss in self.stage_losses(stage, given, step, hand_on):
+            values.append(loss.value.detach())
+            walk(loss)
+            del loss
+        step.loss = torch.stack(values).sum()
+        return step
 
     def _taken(self, x: Any, y: Any, walk: Callable[[StageLoss], None], step: Step) -> Step:
         """A whole step, whose losses are walked back by ``walk``."""
@@ -427,6 +476,16 @@ class Rule(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         # Stages are views, made again where they are needed.
         return {**self.__dict__, "_cut": None}
+
+
+def _into_grad(scale: Tensor | float) -> Callable[[StageLoss], None]:
+    """Walks losses back into ``.grad``, their gradients multiplied by ``scale``."""
+
+    def walk(loss: StageLoss) -> None:
+        if loss.value.requires_grad:  # what was gathered has been scaled when it was
+            (loss.value if loss.gathered else loss.value * scale).backward()
+
+    return walk
 
 
 def _gradients(loss: StageLoss, parameters: Sequence[Tensor], retain_graph: bool = False) -> dict[Tensor, Tensor]:

@@ -185,10 +185,10 @@ class ChainRecipe(Recipe):
     """Of stream and solo: blocks that a readout passes of every stage of its spine, or has of its own (1; solo 2)."""
 
     copies: bool = False
-    """Of stream: whether readouts are copies that belong to the stage, so that nothing but states goes from stage to stage."""
+    """Of stream: whether readouts are copies that belong to the stage: nothing but states then goes from stage to stage."""
 
     refresh: int | None = None
-    """Of stream with copies, and solo: steps after which copies and originals meet (never; solo reads the head every step)."""
+    """Of stream with copies, and solo: steps after which copies and originals meet (never; solo: reads the head, 1)."""
 
     rim: float | None = None
     """Weight of the mean loss of the rim's paths, which keeps short paths accurate (the method's own: 0)."""

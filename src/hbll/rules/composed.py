@@ -311,9 +311,14 @@ class Composed(Rule):
             self._evaluated = Cut.of(self.network, stages, self.choice, self.credit.pulls_back)
         return self._evaluated
 
+    @property
+    def apart(self) -> Cut:
+        """The stages, each to be evaluated by itself."""
+        return Cut.of(self.network, self.stages, "loop", self.credit.pulls_back)
+
     def losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
         # Where a step is only looked at, a stacked call would connect every loss of a front with every stage of it.
-        cut = Cut.of(self.network, self.stages, "loop", self.credit.pulls_back) if step.look else self.evaluated
+        cut = self.apart if step.look else self.evaluated
         if x is None and not self.in_flight:
             raise ValueError("there is no mini-batch in flight: hand one over")
         if x is None and not self.training:

@@ -17,7 +17,7 @@ from hbll.carry import map_tensors
 from hbll.losses import IGNORED, Loss, cross_entropy, mean_loss
 from hbll.modes import evaluating, is_trained
 from hbll.network import Chain, Context, Readout
-from hbll.rule import Rule, StageLoss, Step
+from hbll.rule import Message, Rule, StageLoss, Step
 from hbll.rules.lazy import Waiting
 
 __all__ = ["Cost", "Labels", "LocalRule", "detached"]
@@ -192,22 +192,50 @@ class LocalRule(Rule):
         self.build(x)
         labels = Labels(y, self.label_dims)
         step.count(*self.local_cost())
-        state, context = self.network.embedded(x)
-        stages = self.stages
-        for k, stage in enumerate(stages, 1):
-            output = stage(state, **context)
-            labels.check(output)
-            if k < len(stages) or self.apart:
-                value = local_loss(k, labels.rows(output), labels.classes)
-            else:
-                value = self.label_loss(self.logits(output, context), y, step)
-            step.report([k], error=value.unsqueeze(0))
-            state, context = output.detach(), detached(context)
-            found = [StageLoss(k, value)]
-            del output, value
-            yield found.pop()  # whose graph nothing holds here while it is walked back
-        if self.apart:
-            yield StageLoss(len(stages), self.label_loss(self.logits(state, context), y, step))
+        messages = [Message(x, y, {})]
+        for k in range(1, len(self.stages) + 1):
+            yield from self._stage_losses(k, messages.pop(), labels, local_loss, step, messages.append)
+
+    def stage_losses(
+        self, stage: int, given: Message, step: Step, hand_on: Callable[[Message], None]
+    ) -> Iterator[StageLoss]:
+        if type(self).losses is not LocalRule.losses:
+            yield from super().stage_losses(stage, given, step, hand_on)
+        if not self.built:
+            raise ValueError(
+                f"the modules of {type(self).__name__} are made by an example: make_rule(name, network, x)"
+            )
+        cost = self.costs()[stage - 1]
+        beside = self.beside_cost if self.auxiliary(stage) else 0
+        step.count(cost.forward + cost.products + 3 * beside, cost.forward + 2 * beside + cost.back)
+        labels = Labels(given.labels, self.label_dims)
+        yield from self._stage_losses(stage, given, labels, self.local_loss, step, hand_on)
+
+    def _stage_losses(
+        self,
+        k: int,
+        given: Message,
+        labels: Labels,
+        local_loss: LocalLoss,
+        step: Step,
+        hand_on: Callable[[Message], None],
+    ) -> Iterator[StageLoss]:
+        state, context = self.network.embedded(given.state) if k == 1 else (given.state, given.context)
+        output = self.stages[k - 1](state, **context)
+        labels.check(output)
+        state, last = output.detach(), k == len(self.stages)
+        if not last:
+            hand_on(Message(state, given.labels, detached(context)))
+        if not last or self.apart:
+            value = local_loss(k, labels.rows(output), labels.classes)
+        else:
+            value = self.label_loss(self.logits(output, context), given.labels, step)
+        step.report([k], error=value.unsqueeze(0))
+        found = [StageLoss(k, value)]
+        del output, value
+        yield found.pop()  # whose graph nothing holds here while it is walked back
+        if last and self.apart:
+            yield StageLoss(k, self.label_loss(self.logits(state, detached(context)), given.labels, step))
 
     def logits(self, state: Tensor, context: Context) -> Tensor:
         """The head's scores of the last state, (B, C) or (B, T, C).

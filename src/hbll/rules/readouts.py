@@ -19,7 +19,21 @@ from hbll.cut import Stage
 from hbll.network import Chain, call, evaluate
 from hbll.tree import Tree
 
-__all__ = ["LateHead", "Meet", "Meeting", "Spine", "StageReadout", "copied", "meet", "passed", "solo", "spine"]
+__all__ = [
+    "LateHead",
+    "Meet",
+    "Meeting",
+    "Spine",
+    "StageReadout",
+    "copied",
+    "load_vector",
+    "mean",
+    "meet",
+    "passed",
+    "solo",
+    "spine",
+    "vector",
+]
 
 Spine = Literal["doubling", "right", "last"]
 
@@ -163,14 +177,35 @@ class Meeting:
         yield cls(last_linear(network.head) if late else network.head, len(stages), late or heads)
 
 
-@torch.no_grad()
 def meet(original: nn.Module, copies: Sequence[nn.Module], how: Meet) -> None:
-    """Sets copies and original to the mean of all of them, added up in this order with the original last; or the copies to
-    the original. Of tensors that are no floating point numbers all take the original's."""
-    others = [module.state_dict() for module in copies]
-    for name, tensor in original.state_dict().items():
-        same = [state[name] for state in others]
-        if how == "mean" and tensor.is_floating_point():
-            tensor.copy_(sum([*same, tensor]) / (len(same) + 1))  # pyrefly: ignore[bad-argument-type]
-        for one in same:
-            one.copy_(tensor)
+    """Sets copies and original to the mean of all of them, or the copies to the original."""
+    agreed = vector(original)
+    if how == "mean":
+        agreed = mean([vector(module) for module in copies], agreed)
+        load_vector(original, agreed)
+    for module in copies:
+        load_vector(module, agreed)
+
+
+def mean(copies: Sequence[Tensor], original: Tensor) -> Tensor:
+    """The mean of copies and original, added up in this order: the same to the last bit wherever it is made."""
+    total = copies[0].clone()
+    for value in (*copies[1:], original):
+        total += value
+    return total / (len(copies) + 1)
+
+
+def vector(module: nn.Module) -> Tensor:
+    """The floating point numbers of a module's state as one vector."""
+    return torch.cat([tensor.flatten() for tensor in _numbers(module)])
+
+
+def load_vector(module: nn.Module, values: Tensor) -> None:
+    """Puts what ``vector`` gave into a module of the same form."""
+    tensors = _numbers(module)
+    for tensor, part in zip(tensors, values.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _numbers(module: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]

@@ -4,21 +4,22 @@ At step t stage n works on the mini-batch that entered the network n - 1 steps a
 step before. No stage waits for another; on one device they are evaluated in order within the step (``states="chain"``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from hbll.carry import Carry, concatenate, own_copy
+from hbll.carry import Carry, concatenate, map_tensors, own_copy
 from hbll.cut import cut
 from hbll.engine import Engine, make_engine, stack
 from hbll.losses import Loss, cross_entropy, row_means, sample_losses, wide
 from hbll.names import check_choice, check_number
 from hbll.network import Chain, Context, check_shape, evaluate, out_of_order
-from hbll.rule import StageLoss, Step
+from hbll.rule import Message, StageLoss, Step
 from hbll.rules.chain import ChainStates
 from hbll.rules.composed import (
     Batch,
@@ -100,7 +101,6 @@ class ReadoutCredit(Credit):
         depth: how many blocks they pass of every stage of it.
         share: of the stages, as of ``Stream``.
         own: the readouts of all stages but the last, if they are the stages' own and not the network's modules.
-        refresh, how: how often and how these and the network's modules meet, as of ``Stream``.
     """
 
     takes_pipelined = True
@@ -112,8 +112,6 @@ class ReadoutCredit(Credit):
         depth: int = 1,
         share: float = 1.0,
         own: Sequence[StageReadout] = (),
-        refresh: int | None = None,
-        how: Meet = "mean",
     ) -> None:
         super().__init__()
         self.loss = loss
@@ -121,19 +119,9 @@ class ReadoutCredit(Credit):
         self.depth = depth
         self.share = share
         self.readouts = nn.ModuleList(own)
-        self.refresh = refresh
-        self.how: Meet = how
-        self.clock = Carry()
-        """Steps so far."""
         self._ways: tuple[Cut, _Ways] | None = None
 
     def losses(self, fronts: Iterator[Front], cut: Cut, targets: Targets, step: Step) -> Iterator[StageLoss]:
-        if self.refresh and self.training and not step.look:
-            time = self.clock.nest or 0
-            if time and time % self.refresh == 0:
-                for meeting in self.meetings(cut):
-                    meet(meeting.original, list(meeting.copies.values()), self.how)
-            self.clock.leave(time + 1)
         lucky: tuple[int, ...] | None = None
         walks, arrivals = [], {}
         for front in fronts:
@@ -153,10 +141,6 @@ class ReadoutCredit(Credit):
     def own(self) -> list[StageReadout]:
         """The stages' own readouts, if they have some."""
         return cast("list[StageReadout]", list(self.readouts))
-
-    def meetings(self, cut: Cut) -> list[Meeting]:
-        """The modules that are refreshed, with their copies."""
-        return list(Meeting.all(cut.network, cut.stages, self.own))
 
     def _drawn(self, active: tuple[int, ...]) -> tuple[int, ...]:
         if not self.training or self.share == 1:
@@ -232,9 +216,6 @@ class ReadoutCredit(Credit):
 
     def auxiliary(self, stage: int) -> list[nn.Module]:
         return [self.own[stage - 1]] if stage <= len(self.own) else []
-
-    def carries(self) -> Mapping[str, Carry]:
-        return {"clock": self.clock} if self.refresh else {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ways": None}
@@ -321,12 +302,55 @@ class Stream(Composed):
         super().__init__(
             network,
             StreamStates() if states == "stream" else ChainStates(),
-            ReadoutCredit(loss, kind, depth, spine_share, own, refresh, "original" if readout == "solo" else meet),
+            ReadoutCredit(loss, kind, depth, spine_share, own),
             stage=stage,
             rim=rim,
             loss=loss,
             engine=engine,
         )
+        self.refresh = refresh
+        self.meet: Meet = "original" if readout == "solo" else meet
+        self.clock = Carry()
+        """Steps so far, where something is refreshed."""
+
+    @property
+    def own_readouts(self) -> list[StageReadout]:
+        """The readouts of all stages but the last, where they are the stages' own."""
+        return cast("ReadoutCredit", self.credit).own
+
+    def meetings(self) -> list[Meeting]:
+        """The modules that are refreshed, with their copies."""
+        return list(Meeting.all(self.network, self.stages, self.own_readouts))
+
+    def losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
+        if self.refresh and self.training and not step.look:
+            time = self.clock.nest or 0
+            if time and time % self.refresh == 0:
+                for meeting in self.meetings():
+                    meet(meeting.original, list(meeting.copies.values()), self.meet)
+            self.clock.leave(time + 1)
+        yield from super().losses(x, y, step)
+
+    def carries(self) -> Mapping[str, Carry]:
+        return {**super().carries(), **({"clock": self.clock} if self.refresh else {})}
+
+    def stage_losses(
+        self, stage: int, given: Message, step: Step, hand_on: Callable[[Message], None]
+    ) -> Iterator[StageLoss]:
+        if not self.own_readouts:
+            raise ValueError("the readouts of stream pass blocks of other stages: give copies=True, or readout='solo'")
+        if self.rim or cast("ReadoutCredit", self.credit).share < 1:
+            raise ValueError("rim and spine_share are of all stages at once: leave them out where each is by itself")
+        cut = self.apart
+        batch = Batch(None, given.labels, given.state, given.context)
+        if stage == 1:
+            batch = Batch.of(self.network, given.state, given.labels, step)
+        front = cut.front((stage,), (), batch.state.unsqueeze(0), [batch], 0, step, (stage,))
+        if stage < cut.last:
+            hand_on(Message(front.outputs[0], batch.y, map_tensors(Tensor.detach, dict(batch.context))))
+        for loss in self.credit.losses(iter([front]), cut, {}, step):
+            yield replace(loss, leaves=batch.leaves)
+        yield from batch.embed_losses()
 
 
 class Greedy(Stream):
