@@ -248,11 +248,16 @@ class Rule(nn.Module, ABC):
             hand_on: takes what the next stage is given, before the first loss is yielded; not called by the last stage.
 
         Raises:
-            ValueError: the losses of the rule reach other stages.
+            ValueError: as ``check_apart``.
         """
+        self.check_apart()
+        raise NotImplementedError
+
+    def check_apart(self) -> None:
+        """Raises ValueError unless the loss of every stage reaches that stage alone, and waits for no later one."""
         raise ValueError(
-            f"by {type(self).__name__} the loss of a stage reaches other stages, or waits for them: stages of their own are "
-            "for stream with copies, greedy, solo, dgl, predsim and cff"
+            f"by {type(self).__name__} the loss of a stage reaches other stages, or waits for them: stages in processes of "
+            "their own are for stream with copies, greedy, solo, dgl, predsim and cff"
         )
 
     def build(self, x: Any) -> None:

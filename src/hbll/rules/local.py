@@ -199,17 +199,20 @@ class LocalRule(Rule):
     def stage_losses(
         self, stage: int, given: Message, step: Step, hand_on: Callable[[Message], None]
     ) -> Iterator[StageLoss]:
-        if type(self).losses is not LocalRule.losses:
-            yield from super().stage_losses(stage, given, step, hand_on)
-        if not self.built:
-            raise ValueError(
-                f"the modules of {type(self).__name__} are made by an example: make_rule(name, network, x)"
-            )
+        self.check_apart()
         cost = self.costs()[stage - 1]
         beside = self.beside_cost if self.auxiliary(stage) else 0
         step.count(cost.forward + cost.products + 3 * beside, cost.forward + 2 * beside + cost.back)
         labels = Labels(given.labels, self.label_dims)
         yield from self._stage_losses(stage, given, labels, self.local_loss, step, hand_on)
+
+    def check_apart(self) -> None:
+        if type(self).losses is not LocalRule.losses:
+            super().check_apart()
+        if not self.built:
+            raise ValueError(
+                f"the modules of {type(self).__name__} are made by an example: make_rule(name, network, x)"
+            )
 
     def _stage_losses(
         self,

@@ -334,13 +334,16 @@ class Stream(Composed):
     def carries(self) -> Mapping[str, Carry]:
         return {**super().carries(), **({"clock": self.clock} if self.refresh else {})}
 
-    def stage_losses(
-        self, stage: int, given: Message, step: Step, hand_on: Callable[[Message], None]
-    ) -> Iterator[StageLoss]:
-        if not self.own_readouts:
+    def check_apart(self) -> None:
+        if not self.own_readouts and len(self.stages) > 1:
             raise ValueError("the readouts of stream pass blocks of other stages: give copies=True, or readout='solo'")
         if self.rim or cast("ReadoutCredit", self.credit).share < 1:
             raise ValueError("rim and spine_share are of all stages at once: leave them out where each is by itself")
+
+    def stage_losses(
+        self, stage: int, given: Message, step: Step, hand_on: Callable[[Message], None]
+    ) -> Iterator[StageLoss]:
+        self.check_apart()
         cut = self.apart
         batch = Batch(None, given.labels, given.state, given.context)
         if stage == 1:
