@@ -5,7 +5,8 @@ the weights that it passed with, and its gradient moves the newer version one st
 
     theta_{t+1} = theta_t - u(grad L(theta_{t-1}, batch_{t-1})),
 
-which one process computes exactly. Made for optimizers of high momentum and for error feedback (``hbll.train.ErrorFeedback``).
+which one process computes exactly. Made for optimizers of high momentum and for error feedback
+(``hbll.train.ErrorFeedback``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,8 +54,8 @@ class TwoBufferedWeights(Backpropagation):
             raise ValueError("there is no mini-batch in flight: hand one over")
         if not self.training:
             raise ValueError(
-                "late gradients are of other steps: a rule of them has no gradients of the batch at hand to look at; measure "
-                "network(x) instead, or another rule"
+                "a rule of late gradients has no gradients of the batch at hand to look at: measure network(x) instead, or "
+                "another rule"
             )
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         device = next(self.network.parameters()).device
