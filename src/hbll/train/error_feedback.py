@@ -56,9 +56,9 @@ class ErrorFeedback(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer inside, and the newest update of each parameter in turn; none before the first step."""
+        """That of the optimizer inside, and the newest update of each parameter in turn; None before the first step."""
         updates = [self.state[p]["update"] if p in self.state else None for p in self._parameters]
-        return {"optimizer": self.optimizer.state_dict(), "updates": updates}
+        return {**self.optimizer.state_dict(), "updates": updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what ``state_dict`` gave.
@@ -66,7 +66,7 @@ class ErrorFeedback(Optimizer):
         Raises:
             ValueError: it is of other parameters.
         """
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.optimizer.load_state_dict(state_dict)
         self.param_groups = self.optimizer.param_groups
         self.state.clear()
         for parameter, update in zip(self._parameters, state_dict["updates"], strict=True):
