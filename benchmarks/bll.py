@@ -17,6 +17,7 @@ from pathlib import Path
 import ledger
 import numpy as np
 import torch
+from gate import gate
 from torch import Tensor, nn
 
 import hbll
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    gate(["bp", "bll"])
     torch.set_num_threads(1)
     recipe = TASKS[options.task]
     splits = recipe.splits(options.data_dir)

@@ -20,6 +20,7 @@ from pathlib import Path
 import ledger
 import torch
 import torch.nn.functional as F
+from gate import gate
 from torch import nn
 
 import hbll
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="folder for engines.jsonl")
     options = parser.parse_args()
+    gate(["bp", *options.rules, "test_engine.py"])
 
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gate import gate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--json", help="a file for the rows, a JSON object a line")
     parser.add_argument("--plot", help="a picture of peak against work")
     options = parser.parse_args()
+    gate(["bp", *(RULES[title][0] for title in options.rules)])
     print(machine(), flush=True)
     for vocabulary in options.vocabulary if options.network == "gpt" else [0]:
         rows = []

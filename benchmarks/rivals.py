@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from gate import gate
 
 from hbll.recipes import RECIPES, Recipe
 from hbll.train.compare import Comparison, MethodResult, compare
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="of the runs in the table, instead of the task's own number")
     options = parser.parse_args()
+    gate(options.methods)
     torch.set_num_threads(1)
     recipe, rows = TASKS[options.task], []
     recipe = replace(recipe, epochs=options.epochs or recipe.epochs)

@@ -20,6 +20,7 @@ from pathlib import Path
 import ledger
 import numpy as np
 import torch
+from gate import gate
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -253,6 +254,7 @@ def main() -> None:
             for line in run(job):
                 print(json.dumps(line), file=file, flush=True)
         return
+    gate(["recurrent"])
     arguments.out.mkdir(parents=True, exist_ok=True)
     shared = {key: getattr(arguments, key) for key in ("cell", "width", "epochs", "samples")}
     shared["data"] = str(arguments.data)

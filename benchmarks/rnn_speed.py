@@ -28,6 +28,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from gate import gate
 from torch import nn
 
 from hbll.recurrent import GRU, Backpropagation, DepthCells, Newton, PaperRule, RecurrentNetwork, ScanRule, make_rule
@@ -291,6 +292,8 @@ def main() -> None:
         "--join", nargs="+", type=Path, help="only tabulate and plot the rows of these rows.json together"
     )
     options = parser.parse_args()
+    if not (options.join or options.predict):
+        gate(["recurrent"])
     options.out.mkdir(parents=True, exist_ok=True)
     header, rows = (join if options.join else predict if options.predict else measure_all)(options)
     forecast = [row for row in rows if "predicted" in row]

@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from gate import gate
 from numpy.typing import NDArray
 from scipy import linalg
 from sklearn.datasets import load_diabetes, load_digits
@@ -357,6 +358,7 @@ def main() -> None:
     names = ("speed", "trees", "exactness", "convergence", "exponents", "solvers", "generalisation", "second-layer")
     parser.add_argument("--only", nargs="+", choices=names, help="these sections, printed only")
     options = parser.parse_args()
+    gate(["sublinear/test_engines.py", "sublinear/test_rules.py"])
     cells, tree_cells, widths = QUICK if options.quick else (CELLS, TREE_CELLS, WIDTHS)
     sections = {
         "speed": speed(cells, options.repeats),

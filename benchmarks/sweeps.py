@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gate import gate
 from torch import Tensor, nn
 
 import hbll
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=5)
     parser.add_argument("--data-dir", type=Path, required=True)
     options = parser.parse_args()
+    gate(["bp", "scan"])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     samples = cifar10(options.data_dir).train[:20000]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import ledger
 import torch
+from gate import gate
 from torch import nn
 
 import hbll
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/table1"))
     options = parser.parse_args()
+    gate(options.methods)
 
     log = options.out / "table1.jsonl"
     done = {

@@ -45,8 +45,8 @@ def test_matrices_solve_the_recurrence_in_either_direction(segments, radix, shap
 
 
 @pytest.mark.parametrize("segments", [1, 2, 7])
-@pytest.mark.parametrize(("coarse", "scale"), [(None, 0.0), ("identity", 1.0)])
-def test_jacobi_and_identity_are_the_matrices_zero_and_one(segments, coarse, scale):
+@pytest.mark.parametrize(("coarse", "scale"), [(None, 0.0), (1.0, 1.0), (0.8, 0.8), (0.0, 0.0)])
+def test_shares_of_the_identity_are_its_multiples(segments, coarse, scale):
     first, second, _ = draw(segments, (2, 3), seed=0)
     matrices = scale * torch.eye(3, dtype=torch.float64).expand(segments, 3, 3)
     torch.testing.assert_close(prefix.correct(first, second, coarse), loop(first, second, matrices))

@@ -7,12 +7,12 @@ linearly, by P_m, the states without disagreement would be
     new_0 = start_0,   new_{m+1} = out_m + P_m (new_m - start_m),
 
 a linear recurrence, solved in ceil(log_r M) levels, each of which adds up r values. P_m is nothing (Jacobi: the states
-are just the outputs), the identity (Picard: the skip path of residual blocks) or a matrix shared by all samples (recurrent
-cells). Iterated, this is exact after M sweeps whatever P is; the closer P is to the segments' Jacobians, the sooner
-(parareal, Lions et al. 2001; DEER, Lim et al. 2024; the scan itself is Hillis and Steele's, 1986).
+are just the outputs), the identity (Picard: the skip path of residual blocks) or a share of it, or a matrix shared by all
+samples (recurrent cells). Iterated, this is exact after M sweeps whatever P is; the closer P is to the segments' Jacobians,
+the sooner (parareal, Lions et al. 2001; DEER, Lim et al. 2024; the scan itself is Hillis and Steele's, 1986).
 """
 
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ __all__ = ["Coarse", "Matrices", "correct", "correct_transposed", "defect", "lev
 Matrices: TypeAlias = tuple[tuple[Tensor, ...], ...]
 """What ``windows`` makes of matrices."""
 
-Coarse: TypeAlias = Literal["identity"] | Matrices | None
-"""The coarse step P: None for 0, the identity, or what ``windows`` makes of matrices."""
+Coarse: TypeAlias = float | Matrices | None
+"""The coarse step P: None for 0, a share of the identity (1.0: the identity), or what ``windows`` makes of matrices."""
 
 
 def widths(segments: int, radix: int = 2) -> list[range]:
@@ -105,10 +105,12 @@ def defect(new: Tensor, old: Tensor) -> Tensor:
     return (new - old).norm() / new.norm().clamp_min(torch.finfo(new.dtype).tiny)
 
 
-def _prefix(values: Tensor, coarse: Literal["identity"] | Matrices) -> Tensor:
+def _prefix(values: Tensor, coarse: float | Matrices) -> Tensor:
     """x_1 .. x_M of x_{m+1} = r_m + P_m x_m, x_0 = 0."""
-    if coarse == "identity":
+    if coarse == 1.0:
         return values.cumsum(0)
+    if isinstance(coarse, float):
+        return _leaky_sums(values, coarse)
     sums = values.flatten(1, -2)
     for level in coarse:
         found = sums.clone()
@@ -120,10 +122,12 @@ def _prefix(values: Tensor, coarse: Literal["identity"] | Matrices) -> Tensor:
     return sums.view_as(values)
 
 
-def _suffix(values: Tensor, coarse: Literal["identity"] | Matrices) -> Tensor:
+def _suffix(values: Tensor, coarse: float | Matrices) -> Tensor:
     """y_0 .. y_{M-1} of y_m = s_m + P_m^T y_{m+1}, y_M = 0."""
-    if coarse == "identity":
+    if coarse == 1.0:
         return values.flip(0).cumsum(0).flip(0)
+    if isinstance(coarse, float):
+        return _leaky_sums(values.flip(0), coarse).flip(0)
     sums = values.flatten(1, -2)
     for level in coarse:
         found = sums.clone()
@@ -132,3 +136,12 @@ def _suffix(values: Tensor, coarse: Literal["identity"] | Matrices) -> Tensor:
             found[:-width].baddbmm_(sums[width:], products[:-1])
         sums = found
     return sums.view_as(values)
+
+
+def _leaky_sums(values: Tensor, share: float) -> Tensor:
+    """x_1 .. x_M of x_{m+1} = r_m + share x_m, x_0 = 0, in ceil(log_2 M) levels."""
+    stride = 1
+    while stride < len(values):
+        values = torch.cat([values[:stride], values[stride:] + share**stride * values[:-stride]])
+        stride *= 2
+    return values

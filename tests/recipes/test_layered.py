@@ -14,7 +14,7 @@ from hbll.train.loop import train
 from hbll.train.run import Run
 
 RESNET = RECIPES["cifar10-resnet"](width=2, epochs=1, batch_size=20, train_samples=40)
-FITTING = ["pipeline", "bp", "dgl", "predsim", "ff", "cff", "dfa", "bll"]
+FITTING = ["pipeline", "2bw", "bp", "dgl", "predsim", "ff", "cff", "dfa", "bll"]
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES.values() if hasattr(recipe, "layers")])

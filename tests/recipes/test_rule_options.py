@@ -18,7 +18,8 @@ from hbll.train.run import Run, open_run
 
 DIGITS = RECIPES["digits"](blocks=7, width=8, epochs=1, train_samples=128)
 LOCAL = [name for name, kind in RULES.items() if issubclass(kind, LocalRule)]
-OTHERS = [name for name in RULES if name not in (*LOCAL, "bp")]
+WHOLE = ["2bw", "bp"]  # of one stage
+OTHERS = [name for name in RULES if name not in (*LOCAL, *WHOLE)]
 
 
 def sizes(recipe, method):
@@ -56,7 +57,8 @@ def test_what_is_not_chosen_is_the_rules_own(method):
 @pytest.mark.parametrize("method", [*OTHERS, *LOCAL])
 def test_all_rules_but_backpropagation_have_stages(method):
     assert sizes(replace(DIGITS, stage=3), method) == [3, 3, 1]
-    assert sizes(replace(DIGITS, stage=3), "bp") == [7]
+    for whole in WHOLE:
+        assert sizes(replace(DIGITS, stage=3), whole) == [7]
 
 
 @pytest.mark.parametrize(("cuts", "expected"), [(1, [7]), (2, [4, 3]), (3, [3, 2, 2]), (7, [1] * 7)])
@@ -72,9 +74,9 @@ def test_a_number_of_cuts_is_as_many_even_stages_of_local_rules(cuts, expected):
         ("sweeps", 2, ["scan"], ["stream", "paper", "bp", "dgl"]),
         ("credit_sweeps", 2, ["scan"], ["stream", "pipeline"]),
         ("tolerance", 0.1, ["scan"], ["tree"]),
-        ("stage", 2, [*OTHERS, *LOCAL], ["bp"]),
-        ("rim", 0.1, [*OTHERS, "bp"], LOCAL),
-        ("cuts", 2, LOCAL, [*OTHERS, "bp"]),
+        ("stage", 2, [*OTHERS, *LOCAL], WHOLE),
+        ("rim", 0.1, [*OTHERS, *WHOLE], LOCAL),
+        ("cuts", 2, LOCAL, [*OTHERS, *WHOLE]),
     ],
 )
 def test_an_option_that_no_method_reads_is_refused(option, value, reading, others):

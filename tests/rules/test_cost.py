@@ -23,6 +23,8 @@ CHOICES = [
     ("scan", {"guess": "star", "sweeps": 1, "credit_sweeps": 2}),
     ("scan", {"sweeps": 2, "credit_sweeps": 1}),
     ("scan", {"sweeps": 1, "credit_sweeps": 0}),
+    ("scan", {"sweeps": 2, "credit_sweeps": 1, "leak": 0.2, "consistency": 0.1}),
+    ("scan", {"guess": "mean", "sweeps": 1, "credit_sweeps": 3, "consistency": 0.1}),
     *(("stream", {"spine": spine}) for spine in ("doubling", "last", "right")),
     ("stream", {"readout": "head"}),
     ("stream", {"spine": "last", "readout_depth": 2, "copies": True}),
@@ -83,10 +85,10 @@ def test_every_choice_of_states_and_credit(name, options, engine, stage):
     ("states", "credit"),
     [
         (ChainStates, lambda: ArcCredit(cross_entropy, "triplet")),
-        (ChainStates, lambda: ScanCredit(cross_entropy, 2, None, "identity")),
+        (ChainStates, lambda: ScanCredit(cross_entropy, 2, None, 1.0)),
         (lambda: ChainStates(carry_gradient=True), lambda: ReadoutCredit(cross_entropy, "last")),
         (lambda: TreeStates("prior", False), lambda: ReadoutCredit(cross_entropy, "right")),
-        (lambda: TreeStates("prior", False), lambda: ScanCredit(cross_entropy, 1, None, "identity")),
+        (lambda: TreeStates("prior", False), lambda: ScanCredit(cross_entropy, 1, None, 1.0)),
     ],
 )
 def test_combinations_that_have_no_name(states, credit):

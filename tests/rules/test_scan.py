@@ -129,7 +129,7 @@ class TestExactness:
         found = gradients(net, make_rule("scan", net, guess="mean", **options)(x, y).loss)
         assert max((found[name] - expected[name]).abs().max() for name in expected) > 1e-6
 
-    @pytest.mark.parametrize(("size", "stages", "coarse"), [(1, 7, "identity"), (3, 3, None)])
+    @pytest.mark.parametrize(("size", "stages", "coarse"), [(1, 7, 1.0), (3, 3, None)])
     @pytest.mark.parametrize("kind", KINDS)
     def test_credit_scan_on_chain_states(self, kind, size, stages, coarse):
         net, x, y = KINDS[kind][0](8)  # with skip or without
@@ -138,7 +138,7 @@ class TestExactness:
 
     def test_spine_credit_on_scanned_states(self):
         net, x, y = residual(6)
-        states, credit = ScanStates(MeanGuess(), 5, None, "identity"), ReadoutCredit(cross_entropy, "doubling")
+        states, credit = ScanStates(MeanGuess(), 5, None, 1.0), ReadoutCredit(cross_entropy, "doubling")
         step = Composed(net, states, credit)(x, y)
         expected = StreamStep(net, 1, flight=False).losses(x, y)  # the states are the chain's own
         assert_equal_gradients(gradients(net, step.loss), gradients(net, sum(expected.values())))
@@ -368,3 +368,93 @@ class TestWords:
             ValueError, match=r"stage 2 \(blocks 4-6\) changes the state's shape from \(4, 6\) to \(4, 7\)"
         ):
             make_rule("scan", net, stage=3, guess=guess, sweeps=sweeps, engine="loop")(x, y)
+
+
+class TestRemedies:
+    """A leak of the coarse step, and a loss for what one sweep is off."""
+
+    def test_a_leak_by_hand(self):
+        # Every sweep carries .8 of a disagreement across each stage, forwards and backwards.
+        net, x, y = residual(6)
+        share, z0 = 0.8, net.embed(x)
+        h = [z0.detach()] * 6
+        for _ in range(2):
+            outs = [f(state).detach() for f, state in zip(net.blocks, h[:-1], strict=True)]
+            new = [h[0]]
+            for out, state in zip(outs, h[:-1], strict=True):
+                new.append(out + share * (new[-1] - state))
+            before, h = h, new
+        o = [f(state) for f, state in zip(net.blocks, before[:-1], strict=True)]
+        leaf = h[-1].detach().requires_grad_()
+        loss = F.cross_entropy(net.head(leaf), y)
+        (at_head,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        b = [at_head] * 6
+        for _ in range(2):
+            leaves = [state.detach().requires_grad_() for state in before[:-1]]
+            pulled = [
+                torch.autograd.grad(f(leaf), leaf, g)[0] for f, leaf, g in zip(net.blocks, leaves, b[1:], strict=True)
+            ]
+            new = [at_head]
+            for value, g in zip(reversed(pulled), reversed(b[1:]), strict=True):
+                new.insert(0, value + share * (new[0] - g))
+            b = new
+        expected = loss + sum((out * g).sum() for out, g in zip(o, b[1:], strict=True)) + (z0 * b[0]).sum()
+        step = make_rule("scan", net, guess="mean", sweeps=2, credit_sweeps=2, leak=0.2)(x, y)
+        assert_equal_gradients(gradients(net, step.loss), gradients(net, expected))
+
+    @pytest.mark.parametrize("kind", RESIDUAL)
+    def test_with_any_leak_enough_sweeps_are_exact(self, kind):
+        net, x, y = RESIDUAL[kind](6)
+        step = make_rule("scan", net, guess="mean", sweeps=5, credit_sweeps=5, leak=0.3)(x, y)
+        assert_equal_gradients(gradients(net, step.loss), exact(net, x, y))
+
+    def test_a_leak_of_1_is_no_coarse_step(self):
+        net, x, y = residual(6)
+        options = {"guess": "mean", "sweeps": 2, "credit_sweeps": 2}
+        found, expected = (make_rule("scan", net, **options, **o)(x, y) for o in ({"leak": 1.0}, {"coarse": "none"}))
+        assert_equal_gradients(gradients(net, found.loss), gradients(net, expected.loss))
+
+    @every_engine
+    @pytest.mark.parametrize("size", [1, 2])
+    @pytest.mark.parametrize("kind", RESIDUAL)
+    def test_the_loss_of_one_sweep_by_hand(self, kind, size, engine):
+        # With sweeps enough for exact states, which are h; one sweep from z_0 gives z_0 + sum (f_m(z_0) - z_0).
+        net, x, y = RESIDUAL[kind](7)
+        stages = [nn.Sequential(*net.blocks[a : a + size]) for a in range(0, 6, size)]
+        start = net.embed(x).detach()
+        h = swept = stages[0](start)
+        off = 0.0  # of the first stage
+        for f in stages[1:]:
+            h, swept = f(h.detach()).detach(), swept + f(start) - start
+            off = off + (swept - h).norm() / h.norm() / len(stages)
+        expected = gradients(net, label_loss(net(x), y) + 0.3 * off)
+        sweeps = {"sweeps": len(stages), "credit_sweeps": len(stages)}
+        for guess in ("mean", "ahead"):
+            rule = make_rule("scan", net, stage=size, guess=guess, consistency=0.3, engine=engine, **sweeps)
+            step = rule(x, y)
+            assert_equal_gradients(gradients(net, step.loss), expected)
+            torch.testing.assert_close(step.loss.detach(), step.label_loss + 0.3 * off.detach())
+        assert torch.equal(rule.eval()(x, y).loss.detach(), rule(x, y).label_loss)  # a regulariser of training
+
+    def test_a_chain_whose_stages_add_constants_is_consistent(self):
+        class Adds(nn.Linear):
+            def forward(self, state):
+                return state + self.bias
+
+        net = Chain(nn.Linear(5, WIDTH), [Adds(1, WIDTH) for _ in range(4)], nn.Linear(WIDTH, 3)).double()
+        x, y = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 3
+        step = make_rule("scan", net, guess="mean", consistency=1.0)(x, y)
+        torch.testing.assert_close(step.loss.detach(), step.label_loss, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"leak": 1.2}, "leak is at most 1, and of coarse='skip'; got 1.2 with coarse='skip'"),
+            ({"leak": 0.2, "coarse": "none"}, "leak is at most 1, and of coarse='skip'; got 0.2 with coarse='none'"),
+            ({"leak": -0.1}, "leak must not be negative; got -0.1"),
+            ({"consistency": -1.0}, "consistency must not be negative; got -1.0"),
+        ],
+    )
+    def test_what_they_cannot_be(self, options, sentence):
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            make_rule("scan", mlp(4)[0], **options)

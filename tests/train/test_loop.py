@@ -90,6 +90,8 @@ def be_killed():
         (replace(SMALL, schedule="cosine"), "bp", 6),
         (replace(SMALL, schedule="linear"), "bp", 6),
         (replace(SMALL, optimizer="muon", schedule="linear", gradient_clip=1.0), "scan", 6),
+        (replace(SMALL, optimizer="nadam"), "2bw", 6),
+        (replace(SMALL, optimizer="muon", error_feedback=True, schedule="cosine"), "2bw", 6),
         (Noisy(**vars(SMALL)), "paper", 6),
         (Shaken(**vars(SMALL)), "paper", 6),
     ],

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from tests.networks import convolutional, residual, transformer
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW, Muon, NAdam
 
 import hbll
 from hbll.recipes import RECIPES
-from hbll.train import fit, make_optimizers
+from hbll.train import ErrorFeedback, fit, make_optimizers
 
 
 def names_of(rule, optimizer):
@@ -67,6 +67,28 @@ def test_updates_of_muon_are_as_large_as_those_of_adamw():
         update = (block.linear.weight - old) / 1e-2
         values = torch.linalg.svdvals(update / (0.2 * 6**0.5))
         assert ((values > 0.5) & (values < 1.3)).all()  # about 1, as five Newton-Schulz iterations leave them
+
+
+def test_nadam_has_the_momentum_for_late_gradients():
+    rule = hbll.make_rule("2bw", residual()[0])
+    (optimizer,) = make_optimizers(rule, "nadam", 1e-2, 0.1)
+    assert isinstance(optimizer, NAdam)
+    assert names_of(rule, optimizer) == dict(rule.named_parameters()).keys()
+    assert optimizer.defaults["betas"][0] == 0.99
+    # Decay is of the weights alone: without gradients they shrink by rate times decay.
+    before = rule.network.head.weight.detach().clone()
+    for p in rule.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(rule.network.head.weight.detach(), before * (1 - 1e-2 * 0.1))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "nadam"])
+def test_error_feedback_is_around_each(name):
+    rule = hbll.make_rule("2bw", residual()[0])
+    plain, found = (make_optimizers(rule, name, 1e-2, 0.1, error_feedback=corrected) for corrected in (False, True))
+    assert [type(optimizer.optimizer) for optimizer in found] == [type(optimizer) for optimizer in plain]
+    assert all(type(optimizer) is ErrorFeedback and optimizer.strength == 1.0 for optimizer in found)
 
 
 def test_blocks_without_matrices_are_for_adamw():

@@ -57,8 +57,12 @@ class Recipe(ABC):
     batch_size: int = 64
     """Samples of a step. What an epoch leaves over, fewer than that, waits for the next: rules may keep batches."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """What moves the weights: adamw; or muon the matrices inside blocks, and adamw the rest at the same rate and decay."""
+    optimizer: Literal["adamw", "muon", "nadam"] = "adamw"
+    """What moves the weights: adamw; muon the matrices inside blocks, and adamw the rest at the same rate and decay; or
+    nadam with a beta1 of .99, for gradients that come late."""
+
+    error_feedback: bool = False
+    """Correct each update by its change since the last one, for gradients that come late."""
 
     learning_rate: float = 1e-3
     """The optimizer's, at its highest."""

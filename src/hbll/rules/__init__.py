@@ -13,6 +13,7 @@ from hbll.rules.contrastive import ContrastiveForwardForward
 from hbll.rules.decoupled import DecoupledGreedy
 from hbll.rules.feedback_alignment import DirectFeedbackAlignment
 from hbll.rules.forward_forward import ForwardForward
+from hbll.rules.late import TwoBufferedWeights
 from hbll.rules.pipeline import Pipeline
 from hbll.rules.predsim import PredSim
 from hbll.rules.scan import Scan
@@ -35,6 +36,7 @@ __all__ = [
     "Solo",
     "Stream",
     "Tree",
+    "TwoBufferedWeights",
     "make_rule",
     "options_of",
 ]
@@ -47,6 +49,7 @@ RULES: Mapping[str, type[Rule]] = {
     "greedy": Greedy,
     "solo": Solo,
     "pipeline": Pipeline,
+    "2bw": TwoBufferedWeights,
     "bp": Backpropagation,
     "dgl": DecoupledGreedy,
     "predsim": PredSim,

@@ -1,7 +1,9 @@
 """Scan: the chain's states and gradients at all stages at once, by parallel sweeps that correct a guess.
 
-States are Picard sweeps along the skip path, the identity-Newton iteration of arXiv 2605.17842 (there for inference); the
-credit sweep is Highway-BP's (arXiv 2501.17086).
+The sweep of states, along the skip path, is the identity-Newton iteration of SNLP (arXiv 2605.17842), which is there for
+inference; the sweep of credit is Highway-BP's (arXiv 2501.17086), which walks exact states back. Beside them scan has
+guesses to start from (the batch's own states with older weights, a running mean, predictors), stages of several blocks,
+both sweeps in one step of training, and an end by tolerance.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from hbll.carry import Carry
 from hbll.cut import cut
 from hbll.engine import stack
-from hbll.losses import Loss, cross_entropy
+from hbll.losses import Loss, cross_entropy, wide
 from hbll.modes import evaluating
 from hbll.names import check_choice, check_number
 from hbll.network import Chain, check_shape
@@ -48,12 +50,15 @@ class ScanStates(States):
     Args: as of ``Scan``.
     """
 
-    def __init__(self, guess: Guess, sweeps: int, tolerance: float | None, coarse: Coarse) -> None:
+    def __init__(
+        self, guess: Guess, sweeps: int, tolerance: float | None, coarse: Coarse, consistency: float = 0.0
+    ) -> None:
         super().__init__()
         self.guess = guess
         self.sweeps = sweeps
         self.tolerance = tolerance
         self.coarse: Coarse = coarse
+        self.consistency = consistency
 
     @property
     def in_flight(self) -> bool:
@@ -75,6 +80,8 @@ class ScanStates(States):
         corrected = correct(inputs, torch.stack([rows[p] for p in range(cut.last)]), self.coarse)
         step.defect = defect(corrected[: len(states)], states)
         beside = tuple(self.guess.learn(cut, guessed, corrected, step))
+        if self.consistency and (self.training or step.look):
+            beside += (self._consistent(cut, due, corrected, fronts[0].depth, step),)
         for front in fronts:
             yield replace(front, states=corrected[[n - 1 for n in front.stages]], beside=beside)
             beside = ()
@@ -100,6 +107,26 @@ class ScanStates(States):
             if tolerance is not None and defect(states[: len(last)], last) <= tolerance:
                 break
         return states, clock
+
+    def _consistent(self, cut: Cut, batch: Batch, states: Tensor, clock: int, step: Step) -> StageLoss:
+        """The loss by which stages learn to be near their states, (S, B, ...), after one sweep from a cold start: the mean
+        over stages of ||one sweep's state - state|| / ||state||, times its weight."""
+        inputs = _inputs(batch, self.guess.cold(cut, batch, step), cut)
+        rows, groups = {}, cut.engine.partition(cut.nodes, inputs.unbind(0))
+        for group in groups:
+            nodes = tuple(cut.nodes[p] for p in group)
+            outputs = cut.engine(nodes, inputs[list(group)], [batch.context] * len(nodes)).outputs
+            rows.update(zip(group, outputs.unbind(0), strict=True))
+        step.count(cut.size(cut.nodes), cut.depth(cut.nodes))
+        swept = correct(inputs, torch.stack([rows[p] for p in range(cut.last)]), self.coarse)
+        # The first stage's is exact: of rounding alone the norm would have a gradient as large as of any other difference.
+        off, size = (wide(values[1:]).flatten(1).norm(dim=1) for values in (swept - states, states))
+        value = self.consistency * (off / size).sum() / cut.last
+        parameters = [p for stage in cut.stages for p in stage.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+        walks = [Walk(tuple(cut.nodes[p] for p in group), (), True, False) for group in groups]
+        count_walks(walks, dict.fromkeys(cut.nodes, clock), cut, step)
+        return StageLoss("consistency", attach_gradients(value, parameters, gradients))
 
     def carries(self) -> Mapping[str, Carry]:
         return self.guess.carries()
@@ -203,6 +230,10 @@ class Scan(Composed):
             each on the embedded input (``star``).
         jumps: the blocks of the predictors, one per stage; by default fresh copies of each stage's last block.
         coarse: how a sweep carries a correction across a stage: unchanged, as ``skip`` connections do, or not at all.
+        leak: the share of a correction, of states and of credit, that skip connections lose at each stage; sweeps that
+            diverge may converge with some (SNLP).
+        consistency: weight of a loss by which stages learn to be near their states after one sweep from a cold start, the
+            one of ``predict`` (SNLP's regulariser): the mean over stages of ||one sweep's state - state|| / ||state||.
         stage, rim, loss, engine: as of ``Composed``.
 
     Raises:
@@ -220,6 +251,8 @@ class Scan(Composed):
         guess: Literal["ahead", "mean", "tree", "star"] = "ahead",
         jumps: Sequence[nn.Module] = (),
         coarse: Literal["skip", "none"] = "skip",
+        leak: float = 0.0,
+        consistency: float = 0.0,
         rim: float = 0.0,
         loss: Loss = cross_entropy,
         engine: EngineChoice = "auto",
@@ -230,11 +263,15 @@ class Scan(Composed):
         check_choice("coarse", coarse, ("skip", "none"))
         if tolerance is not None:
             check_number("tolerance", tolerance, least=0.0)
-        carried: Coarse = "identity" if coarse == "skip" else None
+        check_number("leak", leak, least=0.0)
+        check_number("consistency", consistency, least=0.0)
+        if leak > 1 or (leak and coarse == "none"):
+            raise ValueError(f"leak is at most 1, and of coarse='skip'; got {leak} with coarse={coarse!r}")
+        carried: Coarse = 1.0 - leak if coarse == "skip" else None
         start = make_guess(guess, cut(network, stage), sweeps + credit_sweeps + 1, jumps, engine)
         super().__init__(
             network,
-            ScanStates(start, sweeps, tolerance, carried),
+            ScanStates(start, sweeps, tolerance, carried, consistency),
             ScanCredit(loss, credit_sweeps, tolerance, carried),
             stage=stage,
             rim=rim,

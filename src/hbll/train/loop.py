@@ -111,7 +111,13 @@ class Training:
         self.samples = samples
         network = recipe.initial_network(run.seed).to(device())
         self.rule = recipe.rule(run.method, network, samples[: recipe.batch_size].inputs).to(device())
-        optimizers = make_optimizers(self.rule, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
+        optimizers = make_optimizers(
+            self.rule,
+            recipe.optimizer,
+            recipe.learning_rate,
+            recipe.weight_decay,
+            error_feedback=recipe.error_feedback,
+        )
         self.steps_per_epoch = len(samples) // recipe.batch_size
         steps = recipe.epochs * self.steps_per_epoch
         schedules = [scheduler(recipe.schedule, optimizer, steps) for optimizer in optimizers]

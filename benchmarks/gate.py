@@ -1,0 +1,58 @@
+"""The gate of a benchmark: the tests that hold its rules to their oracles, without which no table is printed.
+
+python benchmarks/gate.py bp stream      # what a benchmark of these two runs first
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1] / "tests"
+
+
+def oracle_tests(name: str) -> list[str]:
+    """The tests of a rule: its classes of the contract that every rule keeps, and the file of its module; or those at a
+    place in the folder of tests."""
+    if (TESTS / name).exists():
+        return [str(TESTS / name)]
+    from hbll.rules import RULES  # and torch, whose threads other benchmarks do without
+
+    contract = TESTS / "rules" / "test_contract.py"
+    classes = re.findall(r'^class (Test\w+)\(.*\):\n    name.* = "(\w+)"', contract.read_text(), re.MULTILINE)
+    own = TESTS / "rules" / f"test_{RULES[name].__module__.rpartition('.')[2]}.py"
+    return [*(f"{contract}::{title}" for title, rule in classes if rule == name), *([str(own)] if own.exists() else [])]
+
+
+def gate(names: Iterable[str]) -> None:
+    """Runs the oracle tests of these rules, or at these places, and ends the process unless all of them pass.
+
+    Where there are no tests or no pytest, as on a machine that has torch alone, it says so and lets pass.
+    """
+    if not TESTS.is_dir() or importlib.util.find_spec("pytest") is None:
+        missing = "tests/" if not TESTS.is_dir() else "pytest"
+        print(f"gate: not passed, for there is no {missing} here; what follows has not been checked", flush=True)
+        return
+    names = list(dict.fromkeys(names))
+    tests = dict.fromkeys(test for name in names for test in oracle_tests(name))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={TESTS.parent}",
+        *tests,
+    ]
+    run = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"{run.stdout}{run.stderr}gate: an oracle test failed, so nothing is measured")
+    print(f"gate: the oracle tests of {', '.join(names)} pass", flush=True)
+
+
+if __name__ == "__main__":
+    gate(sys.argv[1:])
