@@ -43,6 +43,11 @@ def map_tensors(change: Callable[[Tensor], Tensor], nest: Any) -> Any:
     return _pytree.tree_map_only(Tensor, change, nest)
 
 
+def tensor_bytes(nest: Any) -> int:
+    """Bytes of all tensors of a nest."""
+    return sum(leaf.nbytes for leaf in _pytree.tree_leaves(nest) if isinstance(leaf, Tensor))
+
+
 def own_copy(nest: Any) -> Any:
     """A batch to be kept: loaders may use their buffers again."""
     return map_tensors(lambda tensor: tensor.detach().clone(), nest)

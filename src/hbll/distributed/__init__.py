@@ -1,0 +1,1 @@
+"""Stages on processes and machines of their own, and what that costs."""
