@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["Carry", "concatenate", "map_tensors", "own_copy"]
+__all__ = ["Carry", "concatenate", "map_tensors", "own_copy", "tensor_bytes"]
 
 
 class Carry:

@@ -4,23 +4,25 @@ The seconds are those of the simulated schedules. Optimizers, heads and embeds a
 beside the tensors, and whatever else runs on a machine, are not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
+from typing import Literal, TypeAlias
 
 from hbll.distributed import schedules
 from hbll.distributed.simulate import (
     Network,
     Op,
     Schedule,
+    Timeline,
     longest_chain,
     messages,
     peak,
     period,
     simulate,
 )
-from hbll.rules.stream import Spine, spine
+from hbll.rules.readouts import spine
 from hbll.tree import Tree
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Line",
     "Part",
     "Priced",
+    "ReadoutKind",
     "balanced",
     "by_backpropagation",
     "by_data",
@@ -39,12 +42,19 @@ __all__ = [
     "by_zero_bubble",
     "equal",
     "estimate",
+    "step_seconds",
 ]
+
+ReadoutKind: TypeAlias = Literal["spine", "head", "solo"]
+"""As of ``hbll.rules.Stream``: copies of the last blocks 1, 3, 7, .. stages on; a head alone; two blocks of its own."""
+
+SCHEMES: Mapping[ReadoutKind, str] = {"spine": "stream", "head": "greedy", "solo": "solo"}
+"""What the rules of these readouts are called."""
 
 STEPS = 3
 """Steps that are simulated: the time between the ends of the first and the second counts."""
 
-LOCAL_STEPS = 12
+LOCAL_STEPS = 8
 """The same where steps overlap over many devices: those in the middle count."""
 
 BUCKETS = (2**20, 25 * 2**20)
@@ -180,10 +190,19 @@ class Estimate:
     """Bytes that the fullest device holds."""
 
 
-def estimate(priced: Priced, network: Network = Network()) -> Estimate:  # noqa: B008  (it is frozen)
+def step_seconds(priced: Priced, network: Network) -> float:
+    """Seconds of a step among many."""
+    return period(_timeline(priced, network), priced.schedule.steps)
+
+
+def _timeline(priced: Priced, network: Network) -> Timeline:
+    return simulate(priced.schedule, priced.seconds, priced.size, replace(network, in_flight=priced.in_flight))
+
+
+def estimate(priced: Priced, network: Network) -> Estimate:
     """Simulates a scheme."""
     schedule = priced.schedule
-    timeline = simulate(schedule, priced.seconds, priced.size, replace(network, in_flight=priced.in_flight))
+    timeline = _timeline(priced, network)
     first = [[op for op in ops if op.step == 0] for ops in schedule.devices]
     busy = [sum(map(priced.seconds, ops)) for ops in first]
     computed = [op for ops in first for op in ops if op.kind not in "UR"]
@@ -204,13 +223,13 @@ def estimate(priced: Priced, network: Network = Network()) -> Estimate:  # noqa:
         span=longest_chain(schedule, priced.chain, priced.across),
         messages=priced.beside[0] + sum(map(len, sent.values())),
         bytes=priced.beside[1] + max(crossing),
-        memory=max(b + peak(ops, priced.held) for b, ops in zip(priced.resident, schedule.devices, strict=False)),
+        memory=max(bytes_ + peak(ops, priced.held) for bytes_, ops in zip(priced.resident, first, strict=False)),
     )
 
 
 def by_backpropagation(costs: Costs, batch: int) -> Priced:
     """On one device."""
-    return replace(by_pipeline(costs, batch, 1, 1), scheme="bp, one device")
+    return replace(by_pipeline(costs, batch, 1, 1), scheme="bp")
 
 
 def by_pipeline(costs: Costs, batch: int, devices: int, micros: int) -> Priced:
@@ -243,8 +262,10 @@ def by_zero_bubble(costs: Costs, batch: int, devices: int, micros: int) -> Price
     """ZBV, two stages a device.
 
     Raises:
-        ValueError: there are fewer blocks than stages or fewer samples than micro-batches.
+        ValueError: as ``by_late_pipeline``, of two stages a device.
     """
+    if micros < devices:
+        raise ValueError(f"ZBV needs as many micro-batches as devices, {devices}; got {micros}")
     sizes = balanced(costs, 2 * devices, _split(batch, micros))
     priced = _pipeline("ZBV", costs, batch, sizes, micros, schedules.zbv(devices, micros, STEPS))
     folded = [a + b for a, b in zip(priced.resident[:devices], reversed(priced.resident[devices:]), strict=True)]
@@ -258,9 +279,7 @@ def _split(batch: int, micros: int) -> float:
     return batch / micros
 
 
-def _pipeline(
-    scheme: str, costs: Costs, batch: int, sizes: tuple[int, ...], micros: int, schedule: Schedule
-) -> Priced:
+def _pipeline(scheme: str, costs: Costs, batch: int, sizes: tuple[int, ...], micros: int, schedule: Schedule) -> Priced:
     stages, samples = costs.stages(sizes), batch / micros
     forward, backward, inputs = (
         [sum(getattr(part, what).at(samples) for part in parts) for parts in stages]
@@ -302,27 +321,34 @@ def _pipeline(
 
 
 def by_local_stages(
-    costs: Costs, batch: int, devices: int, kind: Spine = "doubling", wire: float = 1.0, in_flight: int = 2
+    costs: Costs,
+    batch: int,
+    devices: int,
+    readout: ReadoutKind = "spine",
+    wire: float = 1.0,
+    in_flight: int = 2,
 ) -> Priced:
-    """``stream`` with copies that are not refreshed; ``greedy`` where the spine is ``none``.
+    """Stages that learn by readouts of their own, which are not refreshed: ``stream``, ``greedy`` or ``solo``.
 
     Args:
-        kind: the spine.
+        readout: the readouts.
         wire: bytes of a state on the wire, of its own: a half in bfloat16.
         in_flight: states that may be under way to a stage, or wait there.
 
     Raises:
-        ValueError: there are fewer blocks than devices, or states change shape and there is a spine.
+        ValueError: there are fewer blocks than devices, or states change shape and readouts have blocks.
     """
-    if kind != "none":
+    if readout != "head":
         _check_one_shape(costs)
-    sizes = balanced(costs, devices, batch, local=kind)
+    sizes = balanced(costs, devices, batch, readout)
+    ends = dict(enumerate(accumulate(sizes), 1))
+    copies = [(*_passed(costs, readout, s, devices, ends), costs.head) for s in range(1, devices)] + [()]
     stages = costs.stages(sizes)
-    readouts = _readouts(costs, sizes, kind)
     inner = [sum(part.forward.at(batch) for part in parts) for parts in stages]
-    back = [_local_backward(*pair, batch, s) for s, pair in enumerate(zip(stages, readouts, strict=True))]
-    graphs = [batch * (_graph(parts) + _graph(readout)) for parts, readout in zip(stages, readouts, strict=True)]
-    updates = [costs.update * (_parameters(a) + _parameters(b)) for a, b in zip(stages, readouts, strict=True)]
+    back = [_local_backward(*pair, batch, s) for s, pair in enumerate(zip(stages, copies, strict=True))]
+    both = [(*parts, *copy) for parts, copy in zip(stages, copies, strict=True)]
+    graphs = [batch * _graph(parts) for parts in both]
+    updates = [costs.update * _parameters(parts) for parts in both]
     waiting = [0.0, *(in_flight * batch * (_output(parts) + costs.labels) for parts in stages[:-1])]
 
     def seconds(op: Op) -> float:
@@ -330,37 +356,45 @@ def by_local_stages(
 
     def chain(op: Op) -> float:
         if op.kind == "B":
-            walked = sum(part.inputs.at(batch) for part in (*stages[op.stage], *readouts[op.stage]))
-            return walked + sum(part.forward.at(batch) for part in readouts[op.stage])
+            walked = sum(part.inputs.at(batch) for part in both[op.stage])
+            return walked + sum(part.forward.at(batch) for part in copies[op.stage])
         return inner[op.stage] if op.kind == "F" else 0.0
 
     def held(op: Op) -> tuple[float, float]:
         return 0.0, graphs[op.stage] * {"F": 1, "B": -1}.get(op.kind, 0)
 
-    resident = [
-        _resident(costs, (*parts, *readout)) + inputs
-        for parts, readout, inputs in zip(stages, readouts, waiting, strict=True)
-    ]
     return Priced(
-        "greedy" if kind == "none" else "stream",
+        SCHEMES[readout],
         schedules.pipelined(devices, LOCAL_STEPS),
         seconds,
         lambda op: batch * (wire * _output(stages[op.stage]) + costs.labels),
         chain,
         held,
-        resident,
+        [_resident(costs, parts) + inputs for parts, inputs in zip(both, waiting, strict=True)],
         sizes,
         across=False,
         in_flight=in_flight,
     )
 
 
-def _readouts(costs: Costs, sizes: Sequence[int], kind: Spine) -> list[tuple[Part, ...]]:
-    """The copies of every stage: of the last blocks of the stages that its spine passes, and of the head."""
-    ends = list(accumulate(sizes))
-    tree = Tree(len(sizes) + 1)
-    copies = [[costs.blocks[ends[m - 1] - 1] for m in spine(n, tree, kind)] for n in range(1, len(sizes) + 1)]
-    return [(*blocks, costs.head) for blocks in copies[:-1]] + [()]
+def _passed(costs: Costs, readout: ReadoutKind, stage: int, stages: int, ends: Mapping[int, int]) -> Sequence[Part]:
+    """The blocks of the readout of a stage, from 1 on; the last has none.
+
+    Args:
+        ends: how many blocks there are up to the end of each later stage.
+    """
+    if readout == "head" or stage == stages:
+        return ()
+    if readout == "solo":
+        return costs.blocks[:2]
+    return [costs.blocks[ends[later] - 1] for later in _spines(stages)[stage - 1]]
+
+
+@cache
+def _spines(stages: int) -> list[tuple[int, ...]]:
+    """The stages that the spine of every stage passes."""
+    tree = Tree(stages + 1)
+    return [spine(stage, tree, "doubling") for stage in range(1, stages + 1)]
 
 
 def _local_backward(parts: Sequence[Part], readout: Sequence[Part], batch: float, stage: int) -> float:
@@ -404,7 +438,7 @@ def by_data(costs: Costs, batch: int, devices: int, network: Network) -> Priced:
         return 0.0, _graph(parts[op.stage]) * samples * {"F": 1, "B": -1}.get(op.kind, 0)
 
     return Priced(
-        "data parallel",
+        "DDP",
         schedule,
         seconds,
         lambda op: 0.0,
@@ -484,8 +518,7 @@ def by_tree(costs: Costs, batch: int, devices: int, posterior: bool) -> Priced:
             case "W":
                 return 0.0, -batch * blocks[op.stage].graph
             case "U":  # the states of the step
-                own = sum(n == op.stage for n in owners)
-                return 0.0, -2 * own * state
+                return 0.0, -2 * sizes[op.stage] * state
         return 0.0, 0.0
 
     return Priced(
@@ -500,12 +533,12 @@ def by_tree(costs: Costs, batch: int, devices: int, posterior: bool) -> Priced:
     )
 
 
-def balanced(costs: Costs, stages: int, samples: float, local: Spine | None = None) -> tuple[int, ...]:
+def balanced(costs: Costs, stages: int, samples: float, readout: ReadoutKind | None = None) -> tuple[int, ...]:
     """The sizes of so many stages, the slowest of which is as fast as can be.
 
     Args:
         samples: of a call.
-        local: the spine of stages that learn by readouts of their own, whose time is counted in.
+        readout: of stages that learn by readouts of their own, whose time is counted in.
 
     Raises:
         ValueError: there are fewer blocks than stages.
@@ -513,39 +546,37 @@ def balanced(costs: Costs, stages: int, samples: float, local: Spine | None = No
     count = len(costs.blocks)
     if stages > count:
         raise ValueError(f"{count} blocks cannot be cut into {stages} stages")
-    tree = Tree(stages + 1)
-    spines = [spine(n, tree, local or "none") for n in range(1, stages + 1)]
-    own = [
-        part.forward.at(samples) + part.backward.at(samples) + costs.update * part.parameters for part in costs.blocks
-    ]
-    sums = [0.0, *accumulate(own)]
 
+    @cache
     def of(part: Part) -> float:
         return part.forward.at(samples) + part.backward.at(samples) + costs.update * part.parameters
 
-    def seconds(stage: int, first: int, end: int, ends: dict[int, int]) -> float:
-        """Of the stage, from 1, of blocks first..end - 1."""
-        total = sums[end] - sums[first]
-        total += sum(own[ends[later] - 1] for later in spines[stage - 1])
-        total += of(costs.head) if stage == stages or local else 0.0
-        total += sum(map(of, costs.front)) if stage == 1 else 0.0
-        return total - (costs.blocks[first].inputs.at(samples) if local and stage > 1 else 0.0)
+    sums = [0.0, *accumulate(map(of, costs.blocks))]
+    front, head = sum(map(of, costs.front)), of(costs.head)
 
     def cut(limit: float) -> tuple[int, ...] | None:
         """Stages none of which is slower, the later ones as large as can be; None if there are none."""
         sizes, ends, end = [], {}, count
         for stage in range(stages, 0, -1):
             ends[stage] = end
-            first = 0 if stage == 1 else end - 1
-            if seconds(stage, first, end, ends) > limit:
-                return None
-            while first > stage - 1 and seconds(stage, first - 1, end, ends) <= limit:
-                first -= 1
-            sizes.insert(0, end - first)
-            end = first
-        return tuple(sizes)
+            beside = front if stage == 1 else 0.0
+            beside += head if stage == stages or readout else 0.0
+            beside += sum(map(of, _passed(costs, readout, stage, stages, ends))) if readout else 0.0
 
-    low, high = 0.0, (sums[-1] + of(costs.head) + sum(map(of, costs.front))) * (1 + len(spines[0]))
+            def seconds(first: int, end: int = end, beside: float = beside, stage: int = stage) -> float:
+                unwalked = costs.blocks[first].inputs.at(samples) if readout and stage > 1 else 0.0
+                return sums[end] - sums[first] + beside - unwalked
+
+            first = 0 if stage == 1 else end - 1
+            while first > stage - 1 and seconds(first - 1) <= limit:
+                first -= 1
+            if seconds(first) > limit:
+                return None
+            sizes.append(end - first)
+            end = first
+        return tuple(reversed(sizes))
+
+    low, high = 0.0, (sums[-1] + front + head) * (2 + stages.bit_length())
     best = cut(high)
     assert best is not None
     for _ in range(50):

@@ -55,9 +55,15 @@ _TIMES = ("forward", "backward", "inputs")
 
 
 class _Calls:
-    """What one part took on one batch; seconds and bytes."""
+    """What one part took on one batch; seconds and bytes.
 
-    def __init__(self, call: Callable[[Tensor | None], Tensor], state: Tensor | None, module: nn.Module) -> None:
+    Args:
+        call: evaluates it.
+        state: what it is evaluated on, a leaf; None of the embed.
+        module: whose parameters it has.
+    """
+
+    def __init__(self, call: Callable[[], Tensor], state: Tensor | None, module: nn.Module) -> None:
         parameters = [p for p in module.parameters() if p.requires_grad]
         own = {p.untyped_storage().data_ptr() for p in module.parameters()}
         saved: dict[int, int] = {}
@@ -68,10 +74,8 @@ class _Calls:
                 saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        if state is not None:
-            state = state.detach().requires_grad_(state.is_floating_point())
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.output = call(state)
+            self.output = call()
         self.graph, self.state = sum(saved.values()), self.output.nbytes
         given = [state] if state is not None and state.requires_grad else []
 
@@ -83,20 +87,25 @@ class _Calls:
                 lambda: torch.autograd.grad(self.output, to, gradient, retain_graph=True, allow_unused=True), state
             )
 
-        self.forward = _median(lambda: call(state), state)
+        self.forward = _median(call, state)
         self.backward = back([*parameters, *given])
         self.inputs = min(back(given), self.backward)
 
 
 def _calls(network: Chain, x: Any, y: Any, loss: Loss) -> list[_Calls]:
     """Embed, blocks and head on one batch."""
-    state, context = network.embedded(x)
-    found = [_Calls(lambda _: network.embedded(x)[0], None, network.embed)]
+    found = [_Calls(lambda: network.embedded(x)[0], None, network.embed)]
+    context = network.embedded(x)[1]
     for number, block in enumerate(network.blocks, 1):
-        found.append(_Calls(lambda z, b=block, n=number: apply(f"block {n}", b, z, context), state, block))
-        state = found[-1].output.detach()
-    found.append(_Calls(lambda z: mean_loss(loss, evaluate(network.head, z, context), y), state, network.head))
+        leaf = _leaf(found[-1].output)
+        found.append(_Calls(lambda z=leaf, b=block, n=number: apply(f"block {n}", b, z, context), leaf, block))
+    leaf = _leaf(found[-1].output)
+    found.append(_Calls(lambda: mean_loss(loss, evaluate(network.head, leaf, context), y), leaf, network.head))
     return found
+
+
+def _leaf(state: Tensor) -> Tensor:
+    return state.detach().requires_grad_(state.is_floating_point())
 
 
 def _line(points: Sequence[tuple[int, float]]) -> Line:

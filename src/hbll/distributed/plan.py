@@ -1,7 +1,8 @@
 """Which way to spread a network over devices is the fastest, which fits, and why."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from hbll.distributed.cost import (
     Costs,
@@ -15,10 +16,11 @@ from hbll.distributed.cost import (
     by_tree,
     by_zero_bubble,
     estimate,
+    step_seconds,
 )
 from hbll.distributed.simulate import Network
 
-__all__ = ["Choice", "Plan", "growth", "make_plan", "reasons", "table"]
+__all__ = ["COLUMNS", "Choice", "Plan", "as_json", "growth", "make_plan", "reasons", "table"]
 
 MOST_OPERATIONS = 2**17
 """Of a pipeline's step; more micro-batches than they allow for are not tried."""
@@ -27,9 +29,10 @@ Build = Callable[[Costs, int, int, int, Network], Priced]
 """Of costs, batch, devices, micro-batches and what connects the devices."""
 
 WHOLE: dict[str, Build] = {
-    "data parallel": lambda costs, batch, devices, micros, network: by_data(costs, batch, devices, network),
+    "DDP": lambda costs, batch, devices, micros, network: by_data(costs, batch, devices, network),
     "stream": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices),
-    "greedy": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices, "none"),
+    "greedy": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices, "head"),
+    "solo": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices, "solo"),
     "paper": lambda costs, batch, devices, micros, network: by_tree(costs, batch, devices, posterior=True),
     "tree": lambda costs, batch, devices, micros, network: by_tree(costs, batch, devices, posterior=False),
 }
@@ -55,12 +58,12 @@ class Choice:
     @property
     def waits(self) -> float:
         """Seconds a step that the busiest device waits for others."""
-        return max(0.0, self.unlinked - self.cost.busy)
+        return _rest(self.unlinked, self.cost.busy)
 
     @property
     def link(self) -> float:
         """Seconds a step that messages add."""
-        return max(0.0, self.cost.seconds - self.unlinked)
+        return _rest(self.cost.seconds, self.unlinked)
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,11 @@ def make_plan(costs: Costs, batch: int, devices: int, network: Network, memory: 
         found = []
         for micros in _micro_batches(batch, devices) if name in SPLIT else [1]:
             try:
-                found.append(_choice(lambda link, b=build, m=micros: b(costs, batch, devices, m, link), network, memory))
+                found.append(
+                    _choice(lambda link, b=build, m=micros: b(costs, batch, devices, m, link), network, memory)
+                )
             except ValueError as reason:
-                refused.setdefault(name, str(reason))
+                refused[name] = str(reason)  # of as many micro-batches as can be
         if found:
             refused.pop(name, None)
             choices.append(min(found, key=lambda choice: (not choice.fits, choice.cost.seconds)))
@@ -111,7 +116,7 @@ def make_plan(costs: Costs, batch: int, devices: int, network: Network, memory: 
 def _choice(build: Callable[[Network], Priced], network: Network, memory: float | None) -> Choice:
     cost = estimate(build(network), network)
     free = Network()
-    return Choice(cost, memory is None or cost.memory <= memory, estimate(build(free), free).seconds)
+    return Choice(cost, memory is None or cost.memory <= memory, step_seconds(build(free), free))
 
 
 def _micro_batches(batch: int, devices: int) -> list[int]:
@@ -130,7 +135,7 @@ def growth(
         blocks: of every device.
         devices: the numbers of devices.
     """
-    yield "bp, one device", [(n, cost) for n, cost in _grown(costs, batch, network, blocks, devices, None)]
+    yield "bp", [(n, cost) for n, cost in _grown(costs, batch, network, blocks, devices, None)]
     for name in WHOLE | SPLIT:
         points = list(_grown(costs, batch, network, blocks, devices, name))
         if points:
@@ -143,7 +148,7 @@ def _grown(
     for number in devices:
         grown = costs.repeated(blocks * number)
         if name is None:
-            yield blocks * number + 1, estimate(by_backpropagation(grown, batch), network).seconds
+            yield blocks * number + 1, step_seconds(by_backpropagation(grown, batch), network)
             continue
         micros = _micro_batches(batch, number)[-1:] if name in SPLIT else [1]
         for micro in micros:
@@ -151,7 +156,7 @@ def _grown(
                 priced = (WHOLE | SPLIT)[name](grown, batch, number, micro, network)
             except ValueError:  # such a split cannot be: the curve ends
                 continue
-            yield blocks * number + 1, estimate(priced, network).seconds
+            yield blocks * number + 1, step_seconds(priced, network)
 
 
 COLUMNS = (
@@ -195,6 +200,16 @@ def table(plan: Plan) -> list[tuple[str, ...]]:
     ]
 
 
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The same for programs, in seconds and bytes."""
+    return {
+        "schemes": [asdict(c.cost) | {"fits": c.fits, "unlinked": c.unlinked} for c in (plan.alone, *plan.choices)],
+        "best": plan.best.cost.scheme if plan.best else None,
+        "refused": plan.refused,
+        "reasons": reasons(plan),
+    }
+
+
 def reasons(plan: Plan) -> list[str]:
     """Sentences that say which scheme is the fastest of what fits, where its time and that of others goes, and what cannot
     be."""
@@ -202,22 +217,23 @@ def reasons(plan: Plan) -> list[str]:
     if best is None:
         least = min((plan.alone, *plan.choices), key=lambda choice: choice.cost.memory).cost
         return [f"Nothing fits: {least.scheme} needs the least, {least.memory / 2**20:.1f} MiB on its fullest device."]
-    said = [f"{_capital(best.cost.scheme)} is the fastest of what fits: {_where(best)}."]
-    faster = [c for c in plan.choices if not c.fits and c.cost.seconds < best.cost.seconds]
-    said += [f"{_capital(c.cost.scheme)} would take {_where(c)}, but does not fit." for c in faster]
-    others = [c for c in plan.choices if c.fits and c is not best]
-    said += [f"{_capital(c.cost.scheme)} takes {_where(c)}." for c in others]
-    said += [f"{_capital(name)} cannot be: {reason}." for name, reason in plan.refused.items()]
-    return said
+    said = [f"The fastest of what fits is {_where(best)}."]
+    for choice in plan.choices:
+        if choice is not best:
+            said.append(f"{_where(choice)}{'' if choice.fits else '; but it does not fit'}.")
+    return said + [f"{name} cannot be: {reason}." for name, reason in plan.refused.items()]
 
 
 def _where(choice: Choice) -> str:
+    """Where a step's time goes."""
     cost = choice.cost
-    parts = [f"computes {cost.busy:.3g}"]
+    parts = [f"computes for {cost.busy:.3g}"]
     parts += [f"waits {choice.waits:.3g} for other devices"] if choice.waits > 0.01 * cost.seconds else []
     parts += [f"waits {choice.link:.3g} for messages"] if choice.link > 0.01 * cost.seconds else []
-    return f"{cost.seconds:.3g} s a step, in which its busiest device {', '.join(parts)}"
+    micros = f" with {cost.micros} micro-batches" if cost.micros > 1 else ""
+    return f"{cost.scheme}{micros}, {cost.seconds:.3g} s a step, of which its busiest device {', '.join(parts)}"
 
 
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+def _rest(total: float, part: float) -> float:
+    """What is left, but for rounding."""
+    return total - part if total - part > 1e-9 * total else 0.0

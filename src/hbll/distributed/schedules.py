@@ -1,5 +1,6 @@
 """The schedules of ways to train a network on several devices, as lists of operations."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -46,7 +47,7 @@ def zbv(devices: int, micros: int, steps: int = 1) -> Schedule:
     def device(rank: int) -> Iterator[tuple[str, int]]:
         """Operations by the half of the way, 0 down and 1 up; the micro-batches of each kind follow one another."""
         count = max(2 * devices - 1, micros)
-        done = {(kind, half): 0 for kind in "FIW" for half in (0, 1)}
+        done: Counter[tuple[str, int]] = Counter()
 
         def go(*letters: str) -> Iterator[tuple[str, int]]:
             for kind, half in letters:
@@ -73,9 +74,10 @@ def zbv(devices: int, micros: int, steps: int = 1) -> Schedule:
 
     def ops(rank: int) -> Iterator[Op]:
         for step in range(steps):
-            seen: dict[tuple[str, int], int] = {}
+            seen: Counter[tuple[str, int]] = Counter()
             for kind, half in device(rank):
-                micro = seen[kind, half] = seen.get((kind, half), -1) + 1
+                micro = seen[kind, half]
+                seen[kind, half] += 1
                 if micro < micros:  # the order is that of 2 p - 1 micro-batches, or more
                     yield Op(kind, 2 * devices - 1 - rank if half else rank, micro, step)
             yield from (Op("U", stage, 0, step) for stage in (rank, 2 * devices - 1 - rank))
@@ -84,8 +86,8 @@ def zbv(devices: int, micros: int, steps: int = 1) -> Schedule:
 
 
 def _flowing(devices: Sequence[tuple[Op, ...]], stages: int, steps: int) -> Schedule:
-    """Operations of pipelines, of which each micro-batch needs those of the stages before it, and on the way back after it."""
-    needs = {}
+    """Pipelines: each micro-batch needs the stage before it, and on its way back the one behind."""
+    needs: dict[Op, tuple[Op, ...]] = {}
     for op in (op for ops in devices for op in ops):
         if op.kind == "F" and op.stage > 0:
             needs[op] = (op._replace(stage=op.stage - 1),)
@@ -103,7 +105,7 @@ def pipelined(stages: int, steps: int = 1) -> Schedule:
     devices = tuple(
         tuple(Op(kind, stage, 0, step) for step in range(steps) for kind in "FBU") for stage in range(stages)
     )
-    needs = {}
+    needs: dict[Op, tuple[Op, ...]] = {}
     for op in (op for ops in devices for op in ops):
         if op.kind == "F" and op.stage > 0:
             needs[op] = (op._replace(stage=op.stage - 1),)
@@ -115,7 +117,9 @@ def pipelined(stages: int, steps: int = 1) -> Schedule:
 def data_parallel(parts: int, steps: int = 1) -> Schedule:
     """A replica, and what lies between all of them as a second device, whose operations ``R`` reduce the gradients of a part
     of the network while the replica walks back through those before it. Replicas are alike: one stands for all."""
-    replica, between, needs = [], [], {}
+    replica: list[Op] = []
+    between: list[Op] = []
+    needs: dict[Op, tuple[Op, ...]] = {}
     for step in range(steps):
         forward = [Op("F", part, 0, step) for part in range(parts)]
         backward = [Op("B", part, 0, step) for part in reversed(range(parts))]

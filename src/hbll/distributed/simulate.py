@@ -81,7 +81,7 @@ def simulate(
     schedule: Schedule,
     seconds: Callable[[Op], float],
     size: Callable[[Op], float] = lambda op: 0.0,
-    network: Network = Network(),  # noqa: B008  (it is frozen)
+    network: Network = Network(),
 ) -> Timeline:
     """When every operation runs.
 
@@ -107,11 +107,18 @@ def simulate(
         for need in schedule.needs.get(op, ()):
             if need not in times:
                 return need
-        for receiver in receivers.get(op, ()) if network.in_flight else ():
-            before = sent[device, receiver]
-            if len(before) >= network.in_flight and (before[-network.in_flight], receiver) not in taken:
-                return before[-network.in_flight], receiver
+        for receiver in receivers.get(op, ()):
+            full = blocking(device, receiver)
+            if full and full not in taken:
+                return full
         return None
+
+    def blocking(device: int, receiver: int) -> tuple[Op, int] | None:
+        """The message that has to be taken before another may be sent."""
+        before = sent[device, receiver]
+        if network.in_flight is None or len(before) < network.in_flight:
+            return None
+        return before[len(before) - network.in_flight], receiver
 
     def run(device: int, op: Op) -> list[Op | tuple[Op, int]]:
         """What has happened by it."""
@@ -122,12 +129,11 @@ def simulate(
         end = free[device] = start + seconds(op)
         times[op] = Span(start, end)
         for receiver in receivers.get(op, ()):
-            before = sent[device, receiver]
-            if network.in_flight and len(before) >= network.in_flight:
-                free[device] = max(free[device], taken[before[-network.in_flight], receiver])
+            full = blocking(device, receiver)
+            free[device] = max(free[device], taken[full]) if full else free[device]
             port[device] = max(free[device], port[device]) + size(op) / network.bandwidth
             arrived[op, receiver] = port[device] + network.delay
-            before.append(op)
+            sent[device, receiver].append(op)
         return [op, *first]
 
     ready = deque(range(len(schedule.devices)))
