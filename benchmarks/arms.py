@@ -5,7 +5,7 @@ function of a configuration that returns an ``Arm``, or one sentence that says w
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -36,7 +36,7 @@ class Config:
     context: int = 128
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     dtype: torch.dtype = torch.float32
     plain: bool = False
     """Whether weights move by plain gradient descent, as they do where arms are checked, or by AdamW."""

@@ -15,6 +15,7 @@ of one device's, from the cost model. Needs torch, numpy and safetensors alone.
 """
 
 import argparse
+import os
 import platform
 import shlex
 import statistics
@@ -30,6 +31,7 @@ import processes
 import torch
 import torch.distributed as dist
 from arms import ARMS, Arm, Config
+from torch import Tensor
 
 from hbll.distributed.cost import (
     Estimate,
@@ -123,7 +125,7 @@ def timed(work: Callable[[], None], steps: int, config: Config) -> tuple[float, 
 
 def shared_interface() -> bool:
     """Whether all processes send through one interface, each counting the bytes of all."""
-    return processes.os.environ.get("GLOO_SOCKET_IFNAME") == "lo"
+    return os.environ.get("GLOO_SOCKET_IFNAME") == "lo"
 
 
 def rivals_table(rows: Sequence[dict]) -> str:
@@ -147,8 +149,8 @@ Scheme = Callable[[int, int], Priced]
 
 EMULATED: dict[str, Scheme] = {
     "bp": lambda blocks, devices: by_pipeline(equal(blocks), 1, devices, 1),
-    "stream": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, in_flight=None),
-    "greedy": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, "head", in_flight=None),
+    "stream": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices),
+    "greedy": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, "head"),
     "1F1B": lambda blocks, devices: by_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
     "ZBV": lambda blocks, devices: by_zero_bubble(equal(blocks), 2 * devices, devices, 2 * devices),
     "2BW": lambda blocks, devices: by_late_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
@@ -162,33 +164,24 @@ def emulate(options: argparse.Namespace) -> None:
     """Emulated beside simulated seconds, for one number of stages."""
     rank, world, _ = processes.join()
     torch.set_num_threads(1)
-    result = torch.zeros(options.state_bytes, dtype=torch.uint8)
     rows = []
     for name in options.schemes:
         priced = EMULATED[name](options.blocks * world, world)
-        batch = priced.micros  # so many samples, which together take what one sample would
-        unit = options.block_seconds / batch
+        steps, micros = priced.schedule.steps, priced.micros
+        result = torch.zeros(-(-options.state_bytes // micros), dtype=torch.uint8)
 
-        def seconds(op: Op, priced: Priced = priced, unit: float = unit) -> float:
-            return unit * priced.seconds(op)
+        def seconds(op: Op, priced: Priced = priced) -> float:
+            return options.block_seconds / priced.micros * priced.seconds(op)
 
-        def perform(op: Op, _: object, seconds: Callable[[Op], float] = seconds) -> torch.Tensor:
+        def perform(op: Op, _: object, seconds: Callable[[Op], float] = seconds, result: Tensor = result) -> Tensor:
             time.sleep(seconds(op))
             return result
 
         dist.barrier()
-        sent = processes.sent_bytes()
-        times = processes.execute(priced.schedule, rank, perform, lambda op: torch.empty_like(result))
-        dist.barrier()
-        after = processes.sent_bytes()
-        timeline = processes.gathered(times, world)
-        expected = period(simulate(priced.schedule, seconds), priced.schedule.steps)
-        found = period(timeline, priced.schedule.steps)
-        row = {"scheme": name, "stages": world, "blocks": options.blocks * world, "micros": priced.micros}
-        row |= {"emulated": found, "simulated": expected, "block_seconds": options.block_seconds}
-        if sent is not None and after is not None:
-            row["bytes"] = (after - sent) / priced.schedule.steps
-        rows.append(row)
+        times = processes.execute(priced.schedule, rank, perform, lambda op, r=result: torch.empty_like(r))
+        found = period(processes.gathered(times, world), steps)
+        row = {"scheme": name, "stages": world, "blocks": options.blocks * world, "micros": micros, "emulated": found}
+        rows.append(row | {"simulated": period(simulate(priced.schedule, seconds), steps)})
     held = processes.total(processes.memory(), torch.device("cpu"))
     if rank == 0:
         for row in rows:
@@ -196,7 +189,7 @@ def emulate(options: argparse.Namespace) -> None:
             figures = f"{row['emulated']:.4f} | {row['simulated']:.4f} | {100 * off:+.1f} %"
             print(f"| {row['scheme']} | {world} | {row['blocks']} | {row['micros']} | {figures} | {held / 2**30:.2f} |")
             if options.out:
-                ledger.append(options.out, row | {"memory": held})
+                ledger.append(options.out, row | {"memory": held, "block_seconds": options.block_seconds})
     dist.barrier()
     processes.leave()
 
@@ -255,14 +248,16 @@ def share(priced: Priced, alone: bool = False) -> float:
     """Of one device's seconds with the same batch."""
     blocks, batch = sum(priced.sizes), 8 if priced.scheme == "DDP" else priced.micros
     found: Estimate = estimate(priced, Network())
-    return (found.alone if alone else found.seconds) / estimate(by_backpropagation(equal(blocks), batch), Network()).seconds
+    return (found.alone if alone else found.seconds) / estimate(
+        by_backpropagation(equal(blocks), batch), Network()
+    ).seconds
 
 
 def header() -> str:
     """What this was measured on, and how."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    machine = gpu or f"{platform.processor() or platform.machine()}, {processes.os.cpu_count()} cores"
+    machine = gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     what = f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit.strip() or '?'}"
     return f"{what}\n`python {shlex.join(sys.argv)}`"
 
@@ -281,7 +276,9 @@ def main() -> int:
     timing.add_argument("--link", default="loopback", help="what the table calls it")
     timing.add_argument("--out", type=Path, help="file for the rows, a JSON object a line")
     emulation = commands.add_parser("emulate")
-    emulation.add_argument("--block-seconds", type=float, default=0.02, help="of a block's forward evaluation of a batch")
+    emulation.add_argument(
+        "--block-seconds", type=float, default=0.02, help="of a block's forward evaluation of a batch"
+    )
     emulation.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     emulation.add_argument("--blocks", type=int, default=2, help="of every stage")
     emulation.add_argument("--state-bytes", type=int, default=2**17, help="of a message")

@@ -29,14 +29,20 @@ def launched() -> bool:
 
 
 def launch(count: int) -> int:
-    """Starts this command again in so many processes on this machine, as torchrun would; the first exit status that is not 0."""
+    """Starts this command again in so many processes on this machine, as torchrun would.
+
+    Returns:
+        The first exit status that is not 0; one that fails ends the others.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     told |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"), "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, *sys.argv], env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for rank in range(count)
     ]
     try:
@@ -104,12 +110,14 @@ def execute(
     perform: Callable[[Op, Mapping[Op, Tensor]], Tensor | None],
     empty: Callable[[Op], Tensor],
 ) -> dict[Op, Span]:
-    """Runs a device's operations, messages crossing as they become ready; when each of them ran, by a clock that all processes
-    of a machine share.
+    """Runs a device's operations, messages crossing as they become ready.
 
     Args:
         perform: an operation on what other devices sent for it; its result, where others need it.
         empty: room for the result of an operation.
+
+    Returns:
+        When each of them ran, by a clock that all processes of a machine share.
     """
     owner, receivers = schedule.owner, messages(schedule)
     tags = {op: tag for tag, op in enumerate(owner)}

@@ -159,8 +159,9 @@ class Priced:
     replicas: int = 1
     in_flight: int | None = None
     """States that may be under way from one device to the next, or wait there."""
-    beside: tuple[int, float] = (0, 0.0)
-    """Messages of all devices, and bytes that each sends, that the schedule does not show."""
+    reduced: tuple[int, float] | None = None
+    """Messages of all devices, and bytes that each sends, where the schedule is that of one replica among others: its
+    operations ``R`` are priced as messages, and what it shows crosses no network."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def step_seconds(priced: Priced, network: Network) -> float:
 
 
 def _timeline(priced: Priced, network: Network) -> Timeline:
-    return simulate(priced.schedule, priced.seconds, priced.size, replace(network, in_flight=priced.in_flight))
+    crossed = Network() if priced.reduced else replace(network, in_flight=priced.in_flight)
+    return simulate(priced.schedule, priced.seconds, priced.size, crossed)
 
 
 def estimate(priced: Priced, network: Network) -> Estimate:
@@ -206,11 +208,12 @@ def estimate(priced: Priced, network: Network) -> Estimate:
     first = [[op for op in ops if op.step == 0] for ops in schedule.devices]
     busy = [sum(map(priced.seconds, ops)) for ops in first]
     computed = [op for ops in first for op in ops if op.kind not in "UR"]
-    sent = {op: to for op, to in messages(schedule).items() if op.step == 0 and not priced.beside[0]}
+    sent = {op: to for op, to in messages(schedule).items() if op.step == 0}
     owner = schedule.owner
     crossing = [0.0] * len(schedule.devices)
     for op, to in sent.items():
         crossing[owner[op]] += priced.size(op) * len(to)
+    count, most = priced.reduced or (sum(map(len, sent.values())), max(crossing))
     begun = min(timeline[op].start for ops in first for op in ops)
     return Estimate(
         scheme=priced.scheme,
@@ -221,8 +224,8 @@ def estimate(priced: Priced, network: Network) -> Estimate:
         busy=max(busy[: len(priced.resident)]),
         work=priced.replicas * sum(map(priced.seconds, computed)),
         span=longest_chain(schedule, priced.chain, priced.across),
-        messages=priced.beside[0] + sum(map(len, sent.values())),
-        bytes=priced.beside[1] + max(crossing),
+        messages=count,
+        bytes=most,
         memory=max(bytes_ + peak(ops, priced.held) for bytes_, ops in zip(priced.resident, first, strict=False)),
     )
 
@@ -447,7 +450,7 @@ def by_data(costs: Costs, batch: int, devices: int, network: Network) -> Priced:
         [_resident(costs, costs.whole)],
         (len(costs.blocks),),
         replicas=devices,
-        beside=(rounds * devices * len(parts), rounds / devices * sum(reduced)),
+        reduced=(rounds * devices * len(parts), rounds / devices * sum(reduced)),
     )
 
 

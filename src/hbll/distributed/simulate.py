@@ -199,6 +199,6 @@ def peak(ops: Sequence[Op], held: Callable[[Op], tuple[float, float]]) -> float:
     most = now = 0.0
     for op in ops:
         during, after = held(op)
-        most = max(most, now + during)
+        most = max(most, now + during, now + after)
         now += after
     return most
