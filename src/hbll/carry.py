@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["Carry", "concatenate", "map_tensors", "own_copy"]
+__all__ = ["Carry", "concatenate", "map_tensors", "own_copy", "tensor_bytes"]
 
 
 class Carry:
@@ -41,6 +41,11 @@ class Carry:
 def map_tensors(change: Callable[[Tensor], Tensor], nest: Any) -> Any:
     """The same nest of dicts, lists and tuples with every tensor changed."""
     return _pytree.tree_map_only(Tensor, change, nest)
+
+
+def tensor_bytes(nest: Any) -> int:
+    """Bytes of all tensors of a nest."""
+    return sum(leaf.nbytes for leaf in _pytree.tree_leaves(nest) if isinstance(leaf, Tensor))
 
 
 def own_copy(nest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `hbll train | evaluate | compare | report | sublinear`, and `hbll --version`.
+"""The command line: `hbll train | evaluate | compare | report | plan | sublinear`, and `hbll --version`.
 
 Parsing is tyro's, from the option classes below; a recipe's own options come flat among them. What a command needs is
 imported when it runs, so that `hbll --help` answers at once. Results go to stdout, progress and errors to stderr.
@@ -103,6 +103,41 @@ class ReportOptions:
     """Of a run or of a comparison."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Generic[RecipeT]):
+    recipe: RecipeT
+
+    devices: int = 2
+    """Devices that the network is to be spread over, all like this machine."""
+
+    mbit: float = 1000.0
+    """Megabits that a device sends in a second; 0 for no limit."""
+
+    delay_ms: float = 1.0
+    """Milliseconds that a message is on its way, beside what its size takes."""
+
+    memory_mib: float | None = None
+    """MiB of a device; any amount unless given."""
+
+    data_dir: Path | None = None
+    """Folder that holds the data sets ($HBLL_DATA, else ~/.cache/hbll)."""
+
+    plot: Path | None = None
+    """File for the plot of seconds a step as the network grows with its devices (runs/RECIPE-plan-TIME.svg)."""
+
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object and nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise ValueError(f"--devices must be at least 1, not {self.devices}")
+        for name, value in (("--mbit", self.mbit), ("--delay-ms", self.delay_ms)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be at least 0 and finite, not {value}")
+        if self.memory_mib is not None and not self.memory_mib > 0:
+            raise ValueError(f"--memory-mib must be above 0, not {self.memory_mib}")
+
+
 def train(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      train a network"""
     from hbll.train.console import train_shown
@@ -164,6 +199,32 @@ def report(arguments: Sequence[str]) -> None:
     print(write_report(_parse(ReportOptions, arguments, "hbll report").folder))
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """RECIPE [OPTIONS]      say how a network is best spread over several devices"""
+    from hbll.distributed import plan as planning
+    from hbll.distributed.simulate import Network
+    from hbll.train.console import show_table
+    from hbll.train.files import write_atomically
+    from hbll.train.planning import recipe_costs
+    from hbll.train.plots import growing
+
+    recipe, options = _recipe_options("plan", arguments, PlanOptions)
+    costs = recipe_costs(options.recipe, options.data_dir)
+    network = Network(options.mbit * 1e6 / 8 or float("inf"), options.delay_ms / 1e3)
+    memory = None if options.memory_mib is None else options.memory_mib * 2**20
+    found = planning.make_plan(costs, options.recipe.batch_size, options.devices, network, memory)
+    each = -(-len(costs.blocks) // options.devices)
+    curves = dict(planning.growth(costs, options.recipe.batch_size, network, each, [4**k for k in range(6)]))
+    page = options.plot or RUNS / f"{recipe.name}-plan-{_now()}.svg"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(page, growing(curves))
+    if options.json:
+        print(json.dumps(planning.as_json(found) | {"growth": curves}))
+        return
+    show_table(planning.COLUMNS, planning.table(found))
+    print("", *planning.reasons(found), f"plot: {page}", sep="\n")
+
+
 def sublinear(arguments: Sequence[str]) -> None:
     """bench|fit [OPTIONS]   train wide networks in time that does not grow with their weights"""
     from hbll.sublinear import command
@@ -184,7 +245,7 @@ def sublinear(arguments: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    command.__name__: command for command in (train, evaluate, compare, report, sublinear)
+    command.__name__: command for command in (train, evaluate, compare, report, plan, sublinear)
 }
 
 
@@ -226,9 +287,10 @@ def _print_usage(usage: str, rows: Iterable[str]) -> None:
 
 
 def _recipe_options(
-    command: str, arguments: Sequence[str], kind: Any, open_stored: "Callable[[Path], Run | Comparison]"
+    command: str, arguments: Sequence[str], kind: Any, open_stored: "Callable[[Path], Run | Comparison] | None" = None
 ) -> "tuple[type[Recipe], Any]":
-    """The recipe that the first argument names, and the options; those not given on resuming are the stored ones."""
+    """The recipe that the first argument names, and the options; those not given on resuming are the stored ones, where
+    there is something to resume."""
     from hbll.recipes import RECIPES
 
     if arguments and arguments[0] in ("-h", "--help"):
@@ -244,7 +306,7 @@ def _recipe_options(
     known = {field.name for field in fields(kind)}
     default = kind(recipe=make(), **{name: value for name, value in usual.items() if name in known})
     options = _parse(kind[recipe], arguments[1:], prog, default)
-    if options.resume:
+    if open_stored and options.resume:
         if options.run_dir is None:
             raise ValueError("--resume needs --run-dir, the folder to go on in")
         stored = open_stored(options.run_dir)
@@ -298,7 +360,7 @@ def _sentence(box: str) -> str:
             paragraphs.append("")
         else:
             paragraphs[-1] += f" {text}"
-    said = paragraphs[1].strip().removeprefix("Error parsing recipe: ")
+    said = re.sub(r"^Error parsing \w+: ", "", paragraphs[1].strip())
     if bad_value := re.match(r"Error parsing (--\S+): [^']*('[^']*')", said):
         option, value = bad_value.groups()
         return f"{option} cannot be {value}"

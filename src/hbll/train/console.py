@@ -72,16 +72,17 @@ def compare_shown(comparison: Comparison, *, resume: bool) -> list[MethodResult]
 
 def show_results(results: Iterable[MethodResult], measures: Sequence[Measure], page: Path) -> None:
     """The table of a comparison and where its page lies."""
-    _show(result_columns(measures), (result_row(result, measures) for result in results))
+    show_table(result_columns(measures), (result_row(result, measures) for result in results))
     print(f"page: {page}")
 
 
 def show_paths(paths: Iterable[PathResult], measures: Sequence[Measure]) -> None:
     """The table of what the paths came to."""
-    _show(path_columns(measures), (path_row(path, measures) for path in paths))
+    show_table(path_columns(measures), (path_row(path, measures) for path in paths))
 
 
-def _show(columns: list[str], rows: Iterable[list[str]]) -> None:
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on stdout: names to the left, figures to the right."""
     rows = list(rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):

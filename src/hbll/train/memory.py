@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hbll.carry import tensor_bytes
 from hbll.rule import Rule
 
 __all__ = ["peak_memory", "step_memory"]
@@ -40,7 +41,7 @@ def step_memory(rule: Rule, x: Any, y: Any, by: Literal["backward", "forward"] =
 
 
 def _kept_bytes(rule: Rule) -> int:
-    return sum(tensor.nbytes for tensor in _tensors([carry.nest for carry in rule.carries().values()]))
+    return tensor_bytes([carry.nest for carry in rule.carries().values()])
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> int:

@@ -104,6 +104,20 @@ def cosines(histories: Histories) -> str | None:
     return _maps(maps, Normalize(min(0, *(np.nanmin(values) for values in maps.values())), 1), "cosine")
 
 
+def growing(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Seconds a step against N, both in powers, for each scheme."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure((7.2, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for look, marker, (scheme, points) in zip(cycle(_LOOKS), cycle(_MARKERS), curves.items(), strict=False):
+            axes.plot(*zip(*points, strict=True), **look, marker=marker, label=scheme)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set(xlabel="N: blocks, as many on every device, and the head", ylabel="seconds a step, simulated")
+        figure.legend(loc="outside upper left", ncols=6)
+        return _svg(figure)
+
+
 def _curves(curves: Mapping[str, np.ndarray], label: str, height: float, bottom: float | None = None) -> str:
     """Each method's mean over the seeds, of values (seeds, epochs), and the range they span."""
     with mpl.rc_context(_STYLE):

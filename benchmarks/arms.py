@@ -1,0 +1,422 @@
+"""Ways to train one GPT in several processes, each checked against plain backpropagation.
+
+An arm is made in every process; its ``run`` takes so many training steps. ``ARMS`` has them by name: another one is a
+function of a configuration that returns an ``Arm``, or one sentence that says why it cannot be.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import processes
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleZBVZeroBubble
+from torch.nn.parallel import DistributedDataParallel
+
+import hbll
+from hbll.data.text import CHARACTERS
+from hbll.distributed import Worker, schedules
+from hbll.distributed.simulate import Op
+from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained, and by which of how many processes."""
+
+    width: int
+    batch: int
+    """Samples of a step, of all processes together."""
+    blocks: int = 7
+    context: int = 128
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    dtype: torch.dtype = torch.float32
+    plain: bool = False
+    """Whether weights move by plain gradient descent, as they do where arms are checked, or by AdamW."""
+
+    def network(self) -> hbll.Chain:
+        """The same in every process."""
+        torch.manual_seed(0)
+        blocks = [GPTBlock(self.width, max(2, self.width // 64), depth=self.blocks) for _ in range(self.blocks)]
+        embed, head = GPTEmbed(CHARACTERS, self.context, self.width), GPTHead(CHARACTERS, self.width)
+        return hbll.Chain(embed, blocks, head).to(self.device, self.dtype)
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """A batch of sequences, and their next characters; the same in every process."""
+        torch.manual_seed(1)
+        tokens = torch.randint(CHARACTERS, (self.batch, self.context + 1))
+        return tokens[:, :-1].contiguous().to(self.device), tokens[:, 1:].contiguous().to(self.device)
+
+    def share(self) -> tuple[Tensor, Tensor]:
+        """This process's part of the batch."""
+        part = self.batch // self.world
+        x, y = self.data()
+        return x[self.rank * part : (self.rank + 1) * part], y[self.rank * part : (self.rank + 1) * part]
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        if self.plain:
+            return torch.optim.SGD(parameters, lr=0.1)
+        return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train, in one process of them all."""
+
+    run: Callable[[int], None]
+    """Takes so many training steps."""
+    check: Callable[[], float]
+    """The largest difference from plain backpropagation in what this process trains, as a share of the largest value."""
+    rare: Callable[[], None] | None = None
+    """What is done beside that every ``every`` steps."""
+    every: int = 1
+
+
+Build = Callable[[Config], Arm | str]
+
+
+def loss_of(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+def difference(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], config: Config) -> float:
+    """The largest of all tensors by name, as a share of the largest value; all processes together must have every name."""
+    names: list[Any] = [list(found)]
+    if config.world > 1:
+        names = [None] * config.world
+        dist.all_gather_object(names, list(found))
+    if missing := set(exact) - {name for held in names for name in held}:
+        raise SystemExit(f"nobody trains {', '.join(sorted(missing))}")
+    scale = max(tensor.abs().max().item() for tensor in exact.values())
+    return max((tensor - exact[name]).abs().max().item() for name, tensor in found.items()) / scale
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.detach() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def exact_gradients(config: Config) -> dict[str, Tensor]:
+    """By plain backpropagation, of the whole batch."""
+    network = config.network()
+    x, y = config.data()
+    loss_of(network(x), y).backward()
+    return gradients(network)
+
+
+def repeated(step: Callable[[], None]) -> Callable[[int], None]:
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            step()
+
+    return run
+
+
+def backpropagation(config: Config, threads: int = 1) -> Arm:
+    """One process, the first."""
+    network = config.network()
+    x, y = config.data()
+    optimizer = config.optimizer(network.parameters())
+
+    def walk() -> None:
+        optimizer.zero_grad()
+        loss_of(network(x), y).backward()
+
+    def run(steps: int) -> None:
+        if config.rank == 0:
+            torch.set_num_threads(threads)
+            for _ in range(steps):
+                walk()
+                optimizer.step()
+            torch.set_num_threads(1)
+
+    def check() -> float:
+        walk()
+        return difference(gradients(network), exact_gradients(config), config)
+
+    return Arm(run, check)
+
+
+def data_parallel(config: Config) -> Arm | str:
+    """DistributedDataParallel."""
+    if config.batch % config.world:
+        return f"a batch of {config.batch} cannot be split over {config.world} processes"
+    network = config.network()
+    x, y = config.share()
+    wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    optimizer = config.optimizer(network.parameters())
+
+    def walk() -> None:
+        optimizer.zero_grad()
+        loss_of(wrapped(x), y).backward()
+
+    def step() -> None:
+        walk()
+        optimizer.step()
+
+    def check() -> float:
+        walk()
+        return difference(gradients(network), exact_gradients(config), config)
+
+    return Arm(repeated(step), check)
+
+
+class Piece(nn.Module):
+    """Consecutive parts of a network, as a pipeline's stage."""
+
+    def __init__(self, network: hbll.Chain, sizes: list[int], stage: int) -> None:
+        super().__init__()
+        borders = [0, *accumulate(sizes)]
+        first, end = list(pairwise(borders))[stage]
+        embed = [network.embed] if stage == 0 else []
+        head = [network.head] if stage == len(sizes) - 1 else []
+        self.parts = nn.ModuleList([*embed, *network.blocks[first:end], *head])
+
+    def forward(self, state: Tensor) -> Tensor:
+        for part in self.parts:
+            state = part(state)
+        return state
+
+
+def sizes_of(blocks: int, stages: int) -> list[int]:
+    """As even as can be, the first ones having more: the last has the head."""
+    return [blocks // stages + (stage < blocks % stages) for stage in range(stages)]
+
+
+def torch_pipeline(config: Config, micros: int, zero_bubble: bool = False) -> Arm | str:
+    """1F1B, or ZBV, by torch.distributed.pipelining."""
+    if config.world < 2:
+        return "a pipeline needs two processes"
+    if config.batch % micros:
+        return f"a batch of {config.batch} cannot be split into {micros}"
+    count = config.world * (2 if zero_bubble else 1)
+    if micros < config.world:
+        return f"torch's refuses fewer micro-batches than processes, {config.world}"
+    network = config.network()
+    x, y = config.data()
+    places = [config.rank, count - 1 - config.rank] if zero_bubble else [config.rank]
+    pieces = [Piece(network, sizes_of(config.blocks, count), place) for place in places]
+    stages = [PipelineStage(p, place, count, config.device) for p, place in zip(pieces, places, strict=True)]
+    if zero_bubble:
+        # Not with defer_pp_recv=True, which receives in another order than is sent: messages are taken for one another.
+        schedule: Any = ScheduleZBVZeroBubble(list(stages), micros, loss_fn=loss_of)
+    else:
+        schedule = Schedule1F1B(stages[0], micros, loss_fn=loss_of)
+    given = [x] if 0 in places else []
+    taught = {"target": y, "losses": []} if count - 1 in places else {}
+    optimizer = config.optimizer([p for piece in pieces for p in piece.parameters()])
+
+    def walk() -> None:
+        optimizer.zero_grad()
+        schedule.step(*given, **taught, return_outputs=False)
+
+    def step() -> None:
+        walk()
+        optimizer.step()
+
+    def check() -> float:
+        walk()
+        return difference(gradients(network), exact_gradients(config), config)
+
+    return Arm(repeated(step), check)
+
+
+class TwoVersions:
+    """A stage of 2BW: batch t is answered by the weights as they were before the update of batch t - 1.
+
+    theta_{t+1} = theta_t - u(grad L(theta_{t-1}, batch t)) (Narayanan et al., arXiv 2006.09503).
+    """
+
+    def __init__(self, config: Config, micros: int) -> None:
+        self.config, self.micros = config, micros
+        self.network = config.network()
+        self.piece = Piece(self.network, sizes_of(config.blocks, config.world), config.rank)
+        self.optimizer = config.optimizer(self.piece.parameters())
+        self.versions = {0: self._version()}
+        x, y = config.data()
+        self.x, self.y = x.chunk(micros), y.chunk(micros)
+        self.held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.begun = 0
+        """Steps taken in earlier runs."""
+
+    def _version(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone().requires_grad_() for name, p in self.piece.named_parameters()}
+
+    def _used(self, step: int) -> dict[str, Tensor]:
+        return self.versions[max(0, self.begun + step - 1)]
+
+    def perform(self, op: Op, received: Mapping[Op, Tensor]) -> Tensor | None:
+        first, last = op.stage == 0, op.stage == self.config.world - 1
+        match op.kind:
+            case "F":
+                state = self.x[op.micro] if first else next(iter(received.values())).requires_grad_()
+                output = torch.func.functional_call(self.piece, self._used(op.step), (state,))
+                if last:
+                    output = loss_of(output, self.y[op.micro]) / self.micros
+                self.held[op.step, op.micro] = state, output
+                return output.detach()
+            case "B":
+                state, output = self.held.pop((op.step, op.micro))
+                output.backward(None if last else next(iter(received.values())))
+                return state.grad
+        step = self.begun + op.step
+        used = self._used(op.step)
+        for name, parameter in self.piece.named_parameters():
+            parameter.grad, used[name].grad = used[name].grad, None
+        self.optimizer.step()
+        self.versions[step + 1] = self._version()
+        self.versions = {number: version for number, version in self.versions.items() if number >= step}
+        return None
+
+    def run(self, steps: int) -> None:
+        schedule = schedules.one_f_one_b(self.config.world, self.micros, steps, flush=False)
+        shape = (self.config.batch // self.micros, self.config.context, self.config.width)
+        processes.execute(
+            schedule, self.config.rank, self.perform, lambda op: torch.empty(shape, dtype=self.config.dtype)
+        )
+        self.begun += steps
+
+    def check(self) -> float:
+        """Against one process that has the same weights and is late by the same step."""
+        self.run(2)
+        self.run(3)
+        alone = self.config.network()
+        x, y = self.config.data()
+        parameters = list(alone.parameters())
+        versions = [[p.detach().clone() for p in parameters]]
+        for step in range(5):
+            now = [p.detach().clone() for p in parameters]
+            for parameter, old in zip(parameters, versions[max(0, step - 1)], strict=True):
+                parameter.data.copy_(old)
+            found = torch.autograd.grad(loss_of(alone(x), y), parameters)
+            for parameter, new, gradient in zip(parameters, now, found, strict=True):
+                parameter.data.copy_(new - 0.1 * gradient)
+            versions.append([p.detach().clone() for p in parameters])
+        own = {id(p) for p in self.piece.parameters()}
+        held = {name: p.detach() for name, p in self.network.named_parameters() if id(p) in own}
+        return difference(held, {name: p.detach() for name, p in alone.named_parameters()}, self.config)
+
+
+def two_versions(config: Config, micros: int) -> Arm | str:
+    """2BW in real processes."""
+    if config.world < 2:
+        return "a pipeline needs two processes"
+    if config.device.type == "cuda":
+        return "its messages have tags, which NCCL has not"
+    if config.batch % micros:
+        return f"a batch of {config.batch} cannot be split into {micros}"
+    if micros < config.world:
+        return f"it needs as many micro-batches as processes, {config.world}"
+    stage = TwoVersions(config, micros)
+    return Arm(stage.run, stage.check)
+
+
+class DiLoCo:
+    """Local steps, and now and then an outer step of Nesterov's along the mean of how far the replicas have come
+    (Douillard et al., arXiv 2311.08105).
+
+    Args:
+        rate, momentum: of the outer steps.
+    """
+
+    def __init__(self, config: Config, rate: float = 0.7, momentum: float = 0.9) -> None:
+        self.config = config
+        self.network = config.network()
+        self.x, self.y = config.share()
+        self.inner = config.optimizer(self.network.parameters())
+        self.anchor = [p.detach().clone() for p in self.network.parameters()]
+        self.outer = torch.optim.SGD(self.anchor, lr=rate, momentum=momentum, nesterov=momentum > 0)
+
+    def local(self) -> None:
+        self.inner.zero_grad()
+        loss_of(self.network(self.x), self.y).backward()
+        self.inner.step()
+
+    def meet(self) -> None:
+        parameters = [p.detach() for p in self.network.parameters()]
+        moved = torch.cat([(a - p).flatten() for a, p in zip(self.anchor, parameters, strict=True)])
+        dist.all_reduce(moved)
+        pieces = (moved / self.config.world).split([p.numel() for p in parameters])
+        for anchor, piece in zip(self.anchor, pieces, strict=True):
+            anchor.grad = piece.view_as(anchor)
+        self.outer.step()
+        for parameter, anchor in zip(parameters, self.anchor, strict=True):
+            parameter.copy_(anchor)
+
+
+def diloco(config: Config, every: int) -> Arm | str:
+    """DiLoCo, whose replicas meet every so many steps."""
+    if config.world < 2:
+        return "replicas need two processes"
+    if config.batch % config.world:
+        return f"a batch of {config.batch} cannot be split over {config.world} processes"
+    trained = DiLoCo(config)
+
+    def check() -> float:
+        """Replicas that meet after every step, without momentum, take that of plain gradient descent."""
+        one = DiLoCo(replace(config, plain=True), rate=1.0, momentum=0.0)
+        before = [p.detach().clone() for p in one.network.parameters()]
+        one.local()
+        one.meet()
+        moved = {
+            name: (old - new.detach()) / 0.1
+            for old, (name, new) in zip(before, one.network.named_parameters(), strict=True)
+        }
+        return difference(moved, exact_gradients(config), config)
+
+    return Arm(repeated(trained.local), check, trained.meet, every)
+
+
+def local_stages(config: Config, name: str, wire: torch.dtype | None = None, **options: Any) -> Arm | str:
+    """A stage in every process, which learns by itself; the later ones are the larger, for the others have readouts."""
+    if config.world < 2:
+        return "stages need two processes"
+    sizes = sizes_of(config.blocks, config.world)[::-1]
+
+    def rule(states: str) -> hbll.Rule:
+        return hbll.make_rule(name, config.network(), stage=sizes, states=states, engine="loop", **options)
+
+    worker = Worker(rule("stream"), wire=None if config.plain else wire)  # which rounds, and is checked without
+    x, y = config.data()
+    optimizer = config.optimizer(worker.parameters())
+
+    def walk() -> None:
+        optimizer.zero_grad()
+        worker.backward(x, y)
+
+    def step() -> None:
+        walk()
+        optimizer.step()
+
+    def check() -> float:
+        """Against the same stages in one process, one after the other."""
+        walk()
+        alone = rule("chain")
+        alone(x, y).loss.backward()
+        own = nn.ModuleList(alone.own(worker.stage))
+        exact, found = gradients(own), gradients(worker.module)
+        scale = max(gradient.abs().max().item() for gradient in exact.values())
+        return max((found[name] - gradient).abs().max().item() for name, gradient in exact.items()) / scale
+
+    return Arm(repeated(step), check)
+
+
+ARMS: dict[str, Build] = {
+    "bp": backpropagation,
+    "bp, two threads": partial(backpropagation, threads=2),
+    "DDP": data_parallel,
+    **{f"1F1B, m = {m}": partial(torch_pipeline, micros=m) for m in (2, 4, 8)},
+    **{f"ZBV, m = {m}": partial(torch_pipeline, micros=m, zero_bubble=True) for m in (2, 4, 8)},
+    **{f"2BW, m = {m}": partial(two_versions, micros=m) for m in (2, 4, 8)},
+    **{f"DiLoCo, H = {h}": partial(diloco, every=h) for h in (50, 500)},
+    "stream": partial(local_stages, name="stream", copies=True),
+    "stream, bf16 on the link": partial(local_stages, name="stream", copies=True, wire=torch.bfloat16),
+    "solo, R = 16": partial(local_stages, name="solo", refresh=16),
+    "greedy": partial(local_stages, name="greedy"),
+}

@@ -1,0 +1,299 @@
+"""Seconds of a training step in several processes: measured, emulated, simulated.
+
+    python benchmarks/parallel.py rivals --widths 128 256 --batches 1 4 16 [--arms ..] [--out rivals.jsonl]
+    slow_link.py --mbit 100 --delay-ms 20 -- python benchmarks/parallel.py rivals --link "100 Mbit, 20 ms"
+    python benchmarks/parallel.py emulate --block-seconds 0.02 --stages 2 4 8 16 32
+    python benchmarks/parallel.py accounting
+
+`rivals` trains a GPT of 7 blocks on batches of 128 characters, in two processes of a thread each, which it starts itself
+unless RANK and WORLD_SIZE are set (torchrun, two hosts). Every way is first checked against plain backpropagation, in
+float64; if one is wrong, there is no table. All are then timed in turn, several rounds, from a barrier to the end of the
+last process; the median round counts. Bytes are those that the network interface sent, of all processes; on the loopback
+whatever else runs on the machine is among them. `emulate` runs schedules with sleeps in place of arithmetic and everything
+else as it is, beside their simulation. `accounting` prints the work that each scheme leaves to its busiest device, in units
+of one device's, from the cost model. Needs torch, numpy and safetensors alone.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import ledger
+import processes
+import torch
+import torch.distributed as dist
+from arms import ARMS, Arm, Config
+from torch import Tensor
+
+from hbll.distributed.cost import (
+    Estimate,
+    Priced,
+    by_backpropagation,
+    by_data,
+    by_late_pipeline,
+    by_local_stages,
+    by_pipeline,
+    by_tree,
+    by_zero_bubble,
+    equal,
+    estimate,
+)
+from hbll.distributed.simulate import Network, Op, period, simulate
+
+TOLERANCE = 1e-9
+"""The largest difference from plain backpropagation that passes, in float64."""
+
+
+def rivals(options: argparse.Namespace) -> None:
+    """The table of seconds a step."""
+    rank, world, device = processes.join()
+    torch.set_num_threads(1)
+    rows = []
+    for width in options.widths:
+        for batch in options.batches:
+            config = Config(width, batch, options.blocks, rank=rank, world=world, device=device)
+            gate(config, options.arms)
+            rows += compare(config, options)
+    if rank == 0:
+        print(f"{header()}\nLink: {options.link}; {world} processes.\n")
+        print(rivals_table(rows), flush=True)
+        if options.out:
+            for row in rows:
+                ledger.append(options.out, row)
+    dist.barrier()
+    processes.leave()
+
+
+def gate(config: Config, names: Sequence[str]) -> None:
+    """SystemExit unless every way agrees with plain backpropagation; on short sequences, in float64."""
+    exact = replace(config, dtype=torch.float64, context=16, plain=True)
+    for name in names:
+        arm = ARMS[name](exact)
+        if isinstance(arm, Arm):
+            wrong = processes.largest(arm.check(), config.device)
+            if not wrong <= TOLERANCE:
+                raise SystemExit(f"{name} differs from backpropagation by {wrong:.1e} of the largest value: no table")
+
+
+def compare(config: Config, options: argparse.Namespace) -> list[dict]:
+    """A row for each way: seconds of a step, bytes of a step."""
+    built = {name: ARMS[name](config) for name in options.arms}
+    found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in built}
+    for number in range(options.rounds + 1):
+        for name, arm in built.items():
+            if isinstance(arm, Arm):
+                each = timed(lambda a=arm: a.run(options.steps), options.steps, config)
+                if arm.rare:
+                    rare = timed(arm.rare, arm.every, config)
+                    both = None if each[1] is None or rare[1] is None else each[1] + rare[1]
+                    each = each[0] + rare[0], both
+                if number:  # the first round warms up
+                    found[name].append(each)
+    rows = []
+    for name, arm in built.items():
+        row = {"arm": name, "width": config.width, "batch": config.batch, "blocks": config.blocks, "link": options.link}
+        if isinstance(arm, str):
+            rows.append(row | {"refused": arm})
+        else:
+            seconds, sent = zip(*found[name], strict=True)
+            rows.append(row | {"seconds": statistics.median(seconds), "rounds": seconds, "bytes": sent[-1]})
+    return rows
+
+
+def timed(work: Callable[[], None], steps: int, config: Config) -> tuple[float, float | None]:
+    """Seconds a step from a barrier to the end of the last process, and bytes a step of all processes."""
+    dist.barrier()
+    before, began = processes.sent_bytes(), time.perf_counter()
+    work()
+    if config.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = processes.largest(time.perf_counter() - began, config.device) / steps
+    after = processes.sent_bytes()
+    if before is None or after is None:
+        return seconds, None
+    sent = processes.total((after - before) / steps, config.device)
+    return seconds, sent / config.world if shared_interface() else sent
+
+
+def shared_interface() -> bool:
+    """Whether all processes send through one interface, each counting the bytes of all."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") == "lo"
+
+
+def rivals_table(rows: Sequence[dict]) -> str:
+    """In Markdown, each row beside one process's backpropagation."""
+    lines = ["| width | batch | | seconds a step | samples a second, bp = 1 | MB a step |", "|---|---|---|---|---|---|"]
+    alone = {(r["width"], r["batch"]): r["seconds"] for r in rows if r["arm"] == "bp"}
+    for row in rows:
+        start = f"| {row['width']} | {row['batch']} | {row['arm']} |"
+        if "refused" in row:
+            lines.append(f"{start} {row['refused']} | | |")
+            continue
+        base = alone.get((row["width"], row["batch"]))
+        ratio = f"{base / row['seconds']:.2f}" if base else ""
+        sent = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}"
+        lines.append(f"{start} {row['seconds']:.4f} | {ratio} | {sent} |")
+    return "\n".join(lines)
+
+
+Scheme = Callable[[int, int], Priced]
+"""Of blocks and devices."""
+
+EMULATED: dict[str, Scheme] = {
+    "bp": lambda blocks, devices: by_pipeline(equal(blocks), 1, devices, 1),
+    "stream": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices),
+    "greedy": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, "head"),
+    "1F1B": lambda blocks, devices: by_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
+    "ZBV": lambda blocks, devices: by_zero_bubble(equal(blocks), 2 * devices, devices, 2 * devices),
+    "2BW": lambda blocks, devices: by_late_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
+    "paper": lambda blocks, devices: by_tree(equal(blocks), 1, devices, posterior=True),
+    "tree": lambda blocks, devices: by_tree(equal(blocks), 1, devices, posterior=False),
+}
+"""On a batch that counts as one sample, or as one for each micro-batch. A sample's state is one."""
+
+
+def emulate(options: argparse.Namespace) -> None:
+    """Emulated beside simulated seconds, for one number of stages."""
+    rank, world, _ = processes.join()
+    torch.set_num_threads(1)
+    rows = []
+    for name in options.schemes:
+        priced = EMULATED[name](options.blocks * world, world)
+        steps, micros = priced.schedule.steps, priced.micros
+        result = torch.zeros(-(-options.state_bytes // micros), dtype=torch.uint8)
+
+        def seconds(op: Op, priced: Priced = priced) -> float:
+            return options.block_seconds / priced.micros * priced.seconds(op)
+
+        def perform(op: Op, _: object, seconds: Callable[[Op], float] = seconds, result: Tensor = result) -> Tensor:
+            time.sleep(seconds(op))
+            return result
+
+        dist.barrier()
+        times = processes.execute(priced.schedule, rank, perform, lambda op, r=result: torch.empty_like(r))
+        found = period(processes.gathered(times, world), steps)
+        row = {"scheme": name, "stages": world, "blocks": options.blocks * world, "micros": micros, "emulated": found}
+        rows.append(row | {"simulated": period(simulate(priced.schedule, seconds), steps)})
+    held = processes.total(processes.memory(), torch.device("cpu"))
+    if rank == 0:
+        for row in rows:
+            off = row["emulated"] / row["simulated"] - 1
+            figures = f"{row['emulated']:.4f} | {row['simulated']:.4f} | {100 * off:+.1f} %"
+            print(f"| {row['scheme']} | {world} | {row['blocks']} | {row['micros']} | {figures} | {held / 2**30:.2f} |")
+            if options.out:
+                ledger.append(options.out, row | {"memory": held, "block_seconds": options.block_seconds})
+    dist.barrier()
+    processes.leave()
+
+
+def start_emulation(options: argparse.Namespace) -> int:
+    """An emulation in as many processes as there are stages, for each number of them."""
+    print(f"{header()}\nEmulated: {options.block_seconds} s a block and batch are slept.\n")
+    print("| scheme | stages | blocks | micro-batches | emulated s a step | simulated | off | GiB of all processes |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    return next((code for count in options.stages if (code := processes.launch(count))), 0)
+
+
+def accounting(options: argparse.Namespace) -> None:
+    """What a step takes on equal stages without communication, in units of one device's."""
+    print("| | " + " | ".join(f"p = {p}: m = {', '.join(map(str, m))}" for p, m in COLUMNS.items()) + " |")
+    print("|---|" + "---|" * len(COLUMNS))
+    for name, cells in account().items():
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+COLUMNS = {2: (1, 2, 4, 8), 4: (4, 8, 16)}
+"""The numbers of micro-batches for each number of devices."""
+
+CHAINS = (7, 15, 31, 63)
+"""Blocks of chains that stream and greedy cut into stages that are not quite equal."""
+
+
+def account() -> dict[str, list[str]]:
+    """The rows of the table."""
+    return {
+        "data parallel": [f"{share(by_data(equal(8), 8, p, Network())):.2f}" for p in COLUMNS],
+        "GPipe, 1F1B": [split(by_pipeline, p) for p in COLUMNS],
+        "ZBV, a step by itself": [split(by_zero_bubble, p, alone=True) for p in COLUMNS],
+        "ZBV, steps that overlap": [split(by_zero_bubble, p) for p in COLUMNS],
+        "2BW": [split(by_late_pipeline, p) for p in COLUMNS],
+        **{
+            f"{name}, {blocks} blocks": [f"{share(by_local_stages(equal(blocks), 1, p, kind)):.2f}" for p in COLUMNS]
+            for name, kind in (("stream", "spine"), ("greedy", "head"), ("solo", "solo"))
+            for blocks in CHAINS
+        },
+    }
+
+
+def split(build: Callable[..., Priced], devices: int, alone: bool = False) -> str:
+    """A cell of a scheme with micro-batches, a figure for each number of them; a dash where there can be none."""
+    figures = []
+    for micros in COLUMNS[devices]:
+        try:
+            figures.append(f"{share(build(equal(8), micros, devices, micros), alone):.2f}")
+        except ValueError:
+            figures.append("-")
+    return ", ".join(figures)
+
+
+def share(priced: Priced, alone: bool = False) -> float:
+    """Of one device's seconds with the same batch."""
+    blocks, batch = sum(priced.sizes), 8 if priced.scheme == "DDP" else priced.micros
+    found: Estimate = estimate(priced, Network())
+    return (found.alone if alone else found.seconds) / estimate(
+        by_backpropagation(equal(blocks), batch), Network()
+    ).seconds
+
+
+def header() -> str:
+    """What this was measured on, and how."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    machine = gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    what = f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit.strip() or '?'}"
+    return f"{what}\n`python {shlex.join(sys.argv)}`"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    timing = commands.add_parser("rivals")
+    timing.add_argument("--widths", type=int, nargs="+", default=[128, 256])
+    timing.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    timing.add_argument("--blocks", type=int, default=7)
+    timing.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    timing.add_argument("--steps", type=int, default=10, help="of a round")
+    timing.add_argument("--rounds", type=int, default=3)
+    timing.add_argument("--processes", type=int, default=2)
+    timing.add_argument("--link", default="loopback", help="what the table calls it")
+    timing.add_argument("--out", type=Path, help="file for the rows, a JSON object a line")
+    emulation = commands.add_parser("emulate")
+    emulation.add_argument(
+        "--block-seconds", type=float, default=0.02, help="of a block's forward evaluation of a batch"
+    )
+    emulation.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8, 16, 32])
+    emulation.add_argument("--blocks", type=int, default=2, help="of every stage")
+    emulation.add_argument("--state-bytes", type=int, default=2**17, help="of a message")
+    emulation.add_argument("--schemes", nargs="+", choices=list(EMULATED), default=list(EMULATED))
+    emulation.add_argument("--out", type=Path, help="file for the rows, a JSON object a line")
+    commands.add_parser("accounting")
+    options = parser.parse_args()
+    if options.command == "accounting":
+        accounting(options)
+        return 0
+    if not processes.launched():
+        return start_emulation(options) if options.command == "emulate" else processes.launch(options.processes)
+    (emulate if options.command == "emulate" else rivals)(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
