@@ -55,7 +55,7 @@ from hbll.train.optimizers import OPTIMIZERS
 
 WORDS: dict[str, dict[str, Any]] = {
     "head": {"readout": "head"},
-    "solo": {"readout": "solo"},
+    "solo": {"readout": "solo", "refresh": 1},
     "copies": {"copies": True},
 }
 
@@ -249,7 +249,7 @@ def parsed(arm: str, network: hbll.Chain) -> tuple[str, dict[str, Any], bool]:
             except ValueError:  # a word
                 options[option] = value
         elif word in WORDS:
-            options |= WORDS[word]
+            options = WORDS[word] | options
         elif word != "ef":
             raise ValueError(f"{arm!r} has no meaning at {word!r}: say (3,4), option=value, {', '.join(WORDS)} or ef")
     return name, options, "ef" in words

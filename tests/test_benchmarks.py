@@ -59,7 +59,9 @@ class TestArms:
         [
             ("bp", ("bp", {}, False)),
             ("2bw delay=2 ef", ("2bw", {"delay": 2}, True)),
-            ("stream (3, 4) solo copies", ("stream", {"stage": (3, 4), "readout": "solo", "copies": True}, False)),
+            ("stream (3, 4) solo", ("stream", {"stage": (3, 4), "readout": "solo", "refresh": 1}, False)),
+            ("stream refresh=16 solo", ("stream", {"readout": "solo", "refresh": 16}, False)),
+            ("stream (3,4) copies", ("stream", {"stage": (3, 4), "copies": True}, False)),
             ("stream (2)", ("stream", {"stage": 2}, False)),
             ("scan stages=3 guess=mean leak=.2", ("scan", {"stage": (3, 2, 2), "guess": "mean", "leak": 0.2}, False)),
         ],

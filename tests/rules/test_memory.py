@@ -174,6 +174,16 @@ def test_backpropagation_holds_the_whole_network():
     assert abs(step_memory(make_rule("bp", network), x, y) - whole) <= 4 * STATE
 
 
+@pytest.mark.parametrize("delay", [1, 3])
+def test_late_gradients_are_another_set_beside_those_that_wait(delay):
+    network, x, y = made()
+    whole = through(network, range(1, BLOCKS + 1))
+    weights = 4 * sum(p.numel() for p in network.parameters())
+    rule = make_rule("2bw", network, delay=delay)
+    assert weights < step_memory(rule, x, y) <= whole + weights + 4 * STATE
+    assert sum(g.nbytes for kept in rule.carry()["kept"]["late"] for g in kept.values()) == delay * weights
+
+
 @pytest.mark.parametrize("name", ["greedy", "paper", "dgl"])
 def test_forward_holds_the_gradients_besides(name):
     network, x, y = made()
