@@ -449,7 +449,7 @@ class Rule(nn.Module, ABC):
             return self.network.readout(name)
         exits = {readout.name: readout for readout in self.exits}
         if not exits:
-            raise ValueError(f"{name} is no readout: a {type(self).__name__} trains none of stages, take a path")
+            raise ValueError(f"there is no {name}: the rule trains no readouts of stages, name a path")
         return exits[check_known(name, exits, "readout")]
 
     @property
