@@ -62,7 +62,7 @@ def test_no_sample_leaves_where_all_readouts_before_are_wrong():
     confidences, right = torch.rand(3, 10), torch.tensor([False, False, True])[:, None].expand(3, 10)
     assert calibrate(confidences, right, 0.0) == float("inf")
     assert calibrate(confidences, right, 1.0) == confidences[:1].min()
-    with pytest.raises(ValueError, match="must not be negative; got -0.1"):
+    with pytest.raises(ValueError, match=r"must not be negative; got -0\.1"):
         calibrate(confidences, right, -0.1)
 
 

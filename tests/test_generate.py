@@ -163,7 +163,6 @@ def test_generating_leaves_modes_as_they_are_and_drops_nothing_out():
     for block in network.blocks:
         block.dropout.p = 0.5
     rule = hbll.make_rule("greedy", network, stage=3)
-    rule.beside = nn.Identity()
     found = network.generate(tokens, 20, draft=rule.exits[0], temperature=0)
     assert network.training
     assert found.tokens.equal(greedy(network.eval(), tokens, 20))
@@ -173,7 +172,9 @@ def test_generating_leaves_modes_as_they_are_and_drops_nothing_out():
 def test_the_context_may_be_filled():
     network, tokens = language_model(context=8), prompt()
     assert network.generate(tokens, 5, temperature=0, draft=2).tokens.equal(greedy(network, tokens, 5))
-    with pytest.raises(ValueError, match="4 tokens and 6 new ones are more than the context of 8 tokens .* room for 5"):
+    with pytest.raises(
+        ValueError, match=r"4 tokens and 6 new ones are more than the context of 8 tokens .* room for 5"
+    ):
         network.generate(tokens, 6)
 
 

@@ -86,12 +86,13 @@ class EvaluateOptions:
     """Folder of the run."""
 
     path: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Paths to evaluate, each by its blocks (4-6-7), or `chain`, or `rim`, or by the network's own name for it (`tree`), or a
-    stage's readout (`stage-2`)."""
+    """Paths to evaluate, each by its blocks (4-6-7), or `chain`, or `rim`, or by the network's own name for it (`tree`),
+    or a stage's readout (`stage-2`)."""
 
     paths: Literal["usual", "all"] = "usual"
-    """Without --path: the chain, and the rim cut short at every length (of recurrent networks the chain and, where the method
-    has one, the tree); or all, with what each costs: a path of every number of blocks, and the readouts of all stages."""
+    """Without --path: the chain, and the rim cut short at every length (of recurrent networks the chain and, where the
+    method has one, the tree); or all, with what each costs: also a path of every number of blocks, and the readouts of
+    all stages."""
 
     exits: tuple[float, ...] = ()
     """Instead of paths: classify each sample at the first readout that is sure enough to lose so many points of accuracy."""

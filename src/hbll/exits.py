@@ -1,7 +1,7 @@
 """Confidence exits for classifiers: a sample leaves at the first readout that is sure enough of its class.
 
-How sure is enough is calibrated on held-out samples, for a loss of accuracy that one is ready to bear. The readouts are those
-of stages (``rule.exits``), or the paths along the rim and then the chain; each begins where the ones before it have been.
+How sure is enough is calibrated on held-out samples, for a loss of accuracy that one is ready to bear. The readouts are
+those of stages (``rule.exits``), or the paths along the rim and then the chain; what they share is evaluated once.
 """
 
 from collections.abc import Sequence
@@ -97,8 +97,8 @@ def logits_at(network: Chain, readouts: Sequence[Readout], x: Any) -> Tensor:
 
 @torch.no_grad()
 def classify(network: Chain, readouts: Sequence[Readout], x: Any, threshold: float) -> Exited:
-    """Classifies a batch, each sample by the first of the readouts that is sure enough; those that have left are evaluated no
-    further. Network and readouts should be in evaluation mode.
+    """Classifies a batch, each sample by the first of the readouts that is sure enough, and evaluates those no further that
+    have left. Network and readouts should be in evaluation mode.
 
     Args:
         readouts: in the order in which they are tried; the last one takes all that are left.
@@ -125,6 +125,10 @@ def classify(network: Chain, readouts: Sequence[Readout], x: Any, threshold: flo
             break
         states = {path: state[stay] for path, state in states.items()}
         if context:  # what of it is of each sample the embed alone knows
-            context = network.embedded(map_tensors(lambda tensor: tensor[left], x))[1]
+            context = network.embedded(_rows(x, left))[1]
     assert logits is not None
     return Exited(logits, exits, evaluated / len(exits))
+
+
+def _rows(x: Any, which: Tensor) -> Any:
+    return map_tensors(lambda tensor: tensor[which], x)

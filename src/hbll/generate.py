@@ -1,5 +1,5 @@
-"""Tokens generated along any path of a network, each way keeping the keys and values of what it has read; and self-speculative
-decoding, in which a short way drafts and a long one verifies.
+"""Tokens generated along any path of a network, with caches of keys and values; and self-speculative decoding, in which a
+short way through the network drafts and a long one verifies.
 
 Drafts are accepted and replaced as in Leviathan et al., arXiv 2211.17192, so that tokens are distributed as by the long way
 alone. Blocks that both ways begin with are evaluated once for both, and so share one cache; a stage's readout has its whole
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hbll.models.gpt import KeyValueCache
 from hbll.modes import evaluating
 from hbll.names import check_number
-from hbll.network import Chain, Context, PathLike, call, takes
+from hbll.network import Chain, Context, PathLike, first_of, picked, takes
 
 __all__ = ["Generation", "generate", "verified"]
 
@@ -72,8 +72,8 @@ def generate(
         max_new_tokens: how many follow.
         path: the way to read the network: a path as ``Chain.resolve`` takes it, or a readout; by default the chain.
         draft: another one, which guesses what ``path`` will say; by default none.
-        num_draft_tokens: how many tokens it guesses before they are verified in one pass. Of several sequences those are kept
-            that are right in all.
+        num_draft_tokens: how many tokens it guesses before they are verified in one pass. Of several sequences those are
+            kept that are accepted in all.
         temperature: what logits are divided by; 0 takes the likeliest token. In float32 greedy tokens are those without a
             draft, unless logits are equal up to rounding.
         top_k: draw among so many of the likeliest tokens alone.
@@ -137,9 +137,9 @@ def verified(
 ) -> tuple[int, Tensor]:
     """How many of the drafted tokens are kept, and what follows them, (B, 1).
 
-    Whatever is drafted, what is kept and what follows are distributed as the truths are: a token is accepted with probability
-    min(1, p / q), and replaced by one from max(0, p - q), normalised. Where a sequence has its first wrong token, all end;
-    what the others had accepted at that place they keep.
+    Whatever is drafted, what is kept and what follows are distributed as the truths are: a token is accepted with
+    probability min(1, p / q), and else replaced by one from max(0, p - q), normalised. Where the first sequence has a token
+    replaced, all end; the others keep what they have accepted at that place.
 
     Args:
         truths: p, the distributions after the tokens known and after each drafted one, (B, k + 1, V).
@@ -164,7 +164,8 @@ def verified(
 
 
 def check_tokens(network: Chain, tokens: Tensor, more: int = 0) -> None:
-    """Raises ValueError unless an embed that says its ``vocabulary`` and ``context`` takes tokens (B, T) and ``more`` ones."""
+    """Raises ValueError unless the embed takes tokens (B, T) and ``more`` of them, as its ``vocabulary`` and its ``context``
+    tell if it has them."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2 or not tokens.numel():
         got = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
         raise ValueError(f"tokens to go on from are integers (B, T), one at least in each sequence; got {got}")
@@ -177,8 +178,8 @@ def check_tokens(network: Chain, tokens: Tensor, more: int = 0) -> None:
     length = tokens.shape[1]
     if context is not None and length + more - 1 > context:  # the last one is not read
         raise ValueError(
-            f"{length} tokens and {more} new ones are more than the context of {context} tokens that the network was trained "
-            f"with: after so many there is room for {max(context + 1 - length, 0)}"
+            f"{length} tokens and {more} new ones are more than the context of {context} tokens that the network was "
+            f"trained with: after so many there is room for {max(context + 1 - length, 0)}"
         )
 
 
@@ -214,19 +215,19 @@ class _Part:
     """Modules that states pass one after the other, each with what it keeps of the tokens that have passed."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = [(module, KeyValueCache()) for module in modules]
+        self.modules = [(module, takes(module), KeyValueCache()) for module in modules]
         self.length = 0
         """Tokens that have passed."""
 
     def __call__(self, state: Tensor, context: Context) -> Tensor:
         self.length += state.shape[1]
-        for module, cache in self.modules:
-            state = call(module, state, {**context, "cache": cache.rewound()})
+        for module, taken, cache in self.modules:
+            state = first_of(module(state, **picked({**context, "cache": cache.rewound()}, taken)))
         return state
 
     def cut(self, length: int) -> None:
         self.length = min(self.length, length)
-        for _, cache in self.modules:
+        for _, _, cache in self.modules:
             cache.cut(length)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "evaluate",
     "first_of",
     "out_of_order",
+    "picked",
     "takes",
 ]
 
@@ -296,7 +297,11 @@ def evaluate(module: nn.Module, state: Tensor, context: Context) -> Any:
 
 def chosen(module: nn.Module, context: Context) -> dict[str, Any]:
     """What of a context a module takes."""
-    taken = takes(module)
+    return picked(context, takes(module))
+
+
+def picked(context: Context, taken: frozenset[str] | None) -> dict[str, Any]:
+    """What of a context has one of these keys; all of it for None."""
     return dict(context) if taken is None else {key: value for key, value in context.items() if key in taken}
 
 

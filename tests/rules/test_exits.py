@@ -110,7 +110,8 @@ def test_they_lie_in_a_state_dict(name):
     rule(x, y)
     copy.load_state_dict(rule.state_dict())
     copy.build(x)
-    rule.eval(), copy.eval()
+    rule.eval()
+    copy.eval()
     for ours, theirs in zip(rule.exits, copy.exits, strict=True):
         assert network(x, path=ours).equal(other(x, path=theirs))
 
@@ -127,10 +128,10 @@ def test_other_rules_have_none(name):
 
 def test_what_is_not_there_is_told():
     network, x, _ = residual(4)
-    with pytest.raises(ValueError, match="unknown readout 'stage-4'; did you mean stage-[123]"):
+    with pytest.raises(ValueError, match=r"unknown readout 'stage-4'; did you mean stage-[123]"):
         make_rule("greedy", network).readout("stage-4")
     rule = make_rule("dgl", network)
     with pytest.raises(ValueError, match=r"wait for the shapes of states: call rule.build\(x\)"):
-        print(rule.exits)
+        rule.readout("stage-1")
     rule.build(x)
     assert len(rule.exits) == 3

@@ -139,7 +139,9 @@ class GPTBlock(nn.Module):
         if (before := key.shape[2] - tokens) == 0:
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
-            seen = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=state.device).tril(before)
+            seen = None  # by one token, all that are there
+            if tokens > 1:
+                seen = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=state.device).tril(before)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         return self.attention_out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 

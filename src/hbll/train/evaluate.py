@@ -27,14 +27,14 @@ BATCH_SIZE = 1000
 
 PathResult: TypeAlias = dict[str, Any]
 """What a path came to: its name as `path`, the `blocks` that it evaluates, and every measure of the recipe under the
-measure's own name, None where it is not finite. If asked for, what it costs: the `parameters` of all that it evaluates, embed and
-head among it, and the `milliseconds` for a sample, in batches of `BATCH_SIZE`."""
+measure's own name, None where it is not finite. If asked for, what it costs: the `parameters` of all that it evaluates,
+embed and head among it, and the `milliseconds` for a sample, in batches of `BATCH_SIZE`."""
 
 ExitResult: TypeAlias = dict[str, Any]
-"""What leaving early came to on the samples that were not calibrated on: `exits`, the readouts to leave at (`stages` or `rim`);
-`loss`, the share of samples that was to be borne; the `threshold` of the confidence, None if none may leave; `accuracy`, and
-`full_accuracy` at the last readout; `blocks` for a sample on average, and `full_blocks` of the chain; `shares` of the
-samples that left at each readout, by name."""
+"""What leaving early came to on the samples that were not calibrated on: `exits`, the readouts to leave at (`stages` or
+`rim`); `loss`, of accuracy, that was to be borne; the `threshold` of the confidence, None if no sample may leave early;
+`accuracy`, and `full_accuracy` at the last readout; `blocks` for a sample on average, and `full_blocks` of the chain; `shares`
+of the samples that left at each readout, by name."""
 
 
 def load_rule(run: Run) -> Rule:
@@ -47,7 +47,7 @@ def load_rule(run: Run) -> Rule:
         rule.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"{run.checkpoint_file} holds a network of another architecture than {run.configuration_file.name} beside it says: "
+            f"{run.checkpoint_file} holds a network of another architecture than {run.configuration_file.name} beside it: "
             + str(error).splitlines()[1].strip()
         ) from error
     return rule
@@ -95,15 +95,17 @@ def evaluate_exits(folder: FilePath, losses: Sequence[float], data_dir: FilePath
         data_dir: of the data set; None: the run's own.
 
     Raises:
-        ValueError: as ``evaluate_run``; a loss is negative; or the run has no classes for whole samples, or no readout beside
-            the chain's.
+        ValueError: as `evaluate_run`; a loss is negative; or the run has no classes of whole samples, or no readout but the
+            chain's.
     """
     run = open_run(folder)
     recipe = run.recipe
     rule = load_rule(run).to(device())
     test = recipe.splits(data_dir or run.data_dir).test.to(device())
     if test.labels.ndim != 1:
-        raise ValueError(f"{recipe.name} predicts every token of a sequence: confidence exits are for classes of samples")
+        raise ValueError(
+            f"{recipe.name} predicts every token of a sequence: confidence exits are for classes of samples"
+        )
     rule.build(test.inputs[:1])
     chain, *shorter = (readout for readout in recipe.readouts(rule) if not readout.scores)
     sequences = {"stages": rule.exits, "rim": [*shorter, chain]}

@@ -37,7 +37,8 @@ def generate_run(
         max_new_tokens, num_draft_tokens, temperature, top_k: as of `hbll.generate.generate`.
 
     Raises:
-        ValueError: `folder` holds no run of a language model, the prompt is empty or not of its vocabulary, or as `generate`.
+        ValueError: `folder` holds no run of a language model, the prompt is empty or not of its vocabulary, or as of
+            `hbll.generate.generate`.
     """
     run = open_run(folder)
     tokenizer = run.recipe.tokenizer(data_dir or run.data_dir)
@@ -45,8 +46,8 @@ def generate_run(
     known = rule.network.embed.vocabulary
     if len(tokenizer) != known:
         raise ValueError(
-            f"the text has a vocabulary of {len(tokenizer)} tokens, and the network in {folder} one of {known}: take the text "
-            "that it was trained on"
+            f"the text has a vocabulary of {len(tokenizer)} tokens, and the network in {folder} one of {known}: take the "
+            "text that it was trained on"
         )
     if not prompt:
         raise ValueError("there is nothing to go on from: give a prompt of one character at least")

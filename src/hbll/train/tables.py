@@ -32,7 +32,12 @@ def result_row(result: MethodResult, measures: Sequence[Measure]) -> list[str]:
 
 def path_columns(measures: Sequence[Measure], costs: bool = False) -> list[str]:
     """The columns of a table of paths."""
-    return ["path", "blocks", *(["parameters", "ms a sample"] if costs else []), *(measure.title for measure in measures)]
+    return [
+        "path",
+        "blocks",
+        *(["parameters", "ms a sample"] if costs else []),
+        *(measure.title for measure in measures),
+    ]
 
 
 def path_row(path: PathResult, measures: Sequence[Measure]) -> list[str]:
