@@ -3,10 +3,10 @@
     python benchmarks/speculation.py RUN [RUN ...] --new-tokens 96 --num-draft-tokens 1 2 4 8 --out FILE
 
 The runs are folders of language models (``hbll train shakespeare-gpt``). Prompts are the beginnings of test sequences;
-drafts are the run's short paths and its stages' readouts. Each line is of one run, one draft and one number of drafted tokens: the
-share of them that was kept, the tokens a second of draft and verification together, those of plain decoding of the same
-prompts just before, and, of greedy decoding, how many of the sequences are the same to the last token. A sweep that was
-interrupted goes on where it stopped.
+drafts are the run's short paths and its stages' readouts. Each line is of one run, one draft and one number of drafted
+tokens: the share of them that was kept, the tokens a second of draft and verification together, those of plain decoding of
+the same prompts just before, and, of greedy decoding, how many of the sequences are the same to the last token. A sweep
+that was interrupted goes on where it stopped.
 """
 
 import argparse

@@ -116,7 +116,7 @@ def classify(network: Chain, readouts: Sequence[Readout], x: Any, threshold: flo
             state = apply(f"block {readout.path[n]}", network.blocks[readout.path[n] - 1], state, context)
             states[readout.path[: n + 1]] = state
         evaluated += len(left) * (readout.blocks - len(known))
-        found = evaluate(readout.head or network.head, state, context)
+        found = evaluate(network.reader(readout), state, context)
         logits = found.clone() if logits is None else logits.index_copy(0, left, found)
         exits[left] = number
         stay = confidence(found) < threshold

@@ -200,7 +200,7 @@ def _modules(network: Chain, way: PathLike) -> list[nn.Module]:
                 f"{name}, a {type(module).__name__}, takes no {keyword}=, by which a network goes on with a sequence; "
                 "hbll.models.gpt has blocks that do"
             )
-    return [*blocks.values(), readout.head or network.head]
+    return [*blocks.values(), network.reader(readout)]
 
 
 def _common(path: Sequence[nn.Module], draft: Sequence[nn.Module]) -> int:

@@ -135,7 +135,11 @@ class Chain(nn.Module):
         readout = self.way(path)
         state, context = self.embedded(x)
         state = self.along(readout.path, state, context, of_stage=readout.head is not None)
-        return evaluate(readout.head or self.head, state, context)
+        return evaluate(self.reader(readout), state, context)
+
+    def reader(self, readout: Readout) -> nn.Module:
+        """What reads the state at the end of a readout's path."""
+        return self.head if readout.head is None else readout.head
 
     def along(self, path: Path, state: Tensor, context: Context, of_stage: bool = False) -> Tensor:
         """The state that the blocks of a path make of the embedded input.

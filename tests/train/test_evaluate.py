@@ -180,7 +180,7 @@ def test_leaving_early_is_calibrated_on_half_of_the_samples_and_measured_on_the_
 
 def test_what_cannot_leave_early_is_told(tmp_path):
     trained(tmp_path, "dfa", blocks=1)
-    with pytest.raises(ValueError, match="dfa on digits trains no readout to leave at but the chain's own"):
+    with pytest.raises(ValueError, match="dfa on digits has no readout to leave at before the chain's"):
         evaluate_exits(tmp_path, [0.01])
 
 

@@ -67,10 +67,9 @@ class GPTEmbed(nn.Module):
         self.context = context
         self.rotary = rotary
         self.token = nn.Embedding(vocabulary, width)
-        nn.init.normal_(self.token.weight, std=0.02)
-        if rotary is None:
-            self.position = nn.Embedding(context, width)
-            nn.init.normal_(self.position.weight, std=0.02)
+        self.position = nn.Embedding(context, width) if rotary is None else None
+        for embedding in filter(None, (self.token, self.position)):
+            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The state, with a context if positions are rotary; ``start`` is the position of the first of the tokens.
@@ -84,9 +83,10 @@ class GPTEmbed(nn.Module):
                 f"a sequence of {end} tokens is longer than the {self.context} that the network is made for"
             )
         positions = torch.arange(start, end, device=tokens.device)
-        if self.rotary is None:
-            return self.token(tokens) + self.position(positions)
         state = self.token(tokens)
+        if self.rotary is None:
+            assert self.position is not None
+            return state + self.position(positions)
         rates = 10000.0 ** (-torch.arange(0, self.rotary, 2, device=tokens.device) / self.rotary)
         return state, {"rotary": torch.outer(positions, rates).to(state.dtype)}
 

@@ -33,8 +33,8 @@ embed and head among it, and the `milliseconds` for a sample, in batches of `BAT
 ExitResult: TypeAlias = dict[str, Any]
 """What leaving early came to on the samples that were not calibrated on: `exits`, the readouts to leave at (`stages` or
 `rim`); `loss`, of accuracy, that was to be borne; the `threshold` of the confidence, None if no sample may leave early;
-`accuracy`, and `full_accuracy` at the last readout; `blocks` for a sample on average, and `full_blocks` of the chain; `shares`
-of the samples that left at each readout, by name."""
+`accuracy`, and `full_accuracy` at the last readout; `blocks` for a sample on average, and `full_blocks` of the chain; by
+name the `shares` of the samples that left at each readout."""
 
 
 def load_rule(run: Run) -> Rule:
@@ -111,7 +111,7 @@ def evaluate_exits(folder: FilePath, losses: Sequence[float], data_dir: FilePath
     sequences = {"stages": rule.exits, "rim": [*shorter, chain]}
     sequences = {name: readouts for name, readouts in sequences.items() if len(readouts) > 1}
     if not isinstance(rule.network, Chain) or not sequences:
-        raise ValueError(f"{run.method} on {recipe.name} trains no readout to leave at but the chain's own")
+        raise ValueError(f"{run.method} on {recipe.name} has no readout to leave at before the chain's")
     with evaluating(rule):
         return [
             {"exits": name, "loss": loss, **_leaving(rule.network, readouts, test, loss)}
@@ -168,7 +168,7 @@ def _means(
 def _scores(network: nn.Module, inputs: Tensor, readout: Readout) -> Tensor:
     if readout.scores:
         return readout.scores(inputs)
-    return network(inputs, path=readout if readout.head else readout.path)
+    return network(inputs, path=readout.path if readout.head is None else readout)
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def _cost(network: nn.Module, inputs: Tensor, readout: Readout) -> dict[str, flo
     """The parameters that a readout evaluates, and the milliseconds that it takes for a sample."""
     if isinstance(network, Chain):
         blocks = [network.blocks[n - 1] for n in readout.path]
-        modules = [network.embed, *blocks, readout.head or network.head]
+        modules = [network.embed, *blocks, network.reader(readout)]
     else:
         modules = [network]
     named = {"scores": lambda: _scores(network, inputs, readout)}
