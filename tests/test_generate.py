@@ -44,12 +44,30 @@ def test_greedy_tokens_are_those_of_the_whole_sequence(path, rotary):
 
 @pytest.mark.parametrize("count", [1, 3, 30])
 @pytest.mark.parametrize("sequences", [1, 3])
-@pytest.mark.parametrize("draft", [1, "rim", 6, "chain", "stage-1", "stage-3"])
-@pytest.mark.parametrize("rule", ["greedy", "stream"])
-def test_a_draft_changes_no_greedy_token(rule, draft, sequences, count):
+@pytest.mark.parametrize("draft", ["stage-1", "stage-3"])
+@pytest.mark.parametrize(
+    ("rule", "options"), [("greedy", {}), ("stream", {}), ("stream", {"copies": True}), ("solo", {})], ids=str
+)
+def test_a_stages_readout_changes_no_greedy_token(rule, options, draft, sequences, count):
     network, tokens = language_model(rotary=4), prompt(sequences)
-    if draft in ("stage-1", "stage-3"):
-        draft = hbll.make_rule(rule, network, stage=2).readout(draft)
+    readout = hbll.make_rule(rule, network, stage=2, **options).readout(draft)
+    found = network.generate(tokens, 20, draft=readout, num_draft_tokens=count, temperature=0)
+    assert found.tokens.equal(greedy(network, tokens, 20))
+    assert found.accepted + found.passes == 20
+
+
+@pytest.mark.parametrize("rule", ["stream", "greedy"])
+def test_a_readout_generates_with_caches_what_it_says_of_the_whole(rule):
+    network, tokens = language_model(rotary=4), prompt()
+    readout = hbll.make_rule(rule, network, stage=2, copies=True).readout("stage-2")
+    assert network.generate(tokens, 20, path=readout, temperature=0).tokens.equal(greedy(network, tokens, 20, readout))
+
+
+@pytest.mark.parametrize("count", [1, 3, 30])
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("draft", [1, "rim", 6, "chain"])
+def test_a_draft_changes_no_greedy_token(draft, sequences, count):
+    network, tokens = language_model(rotary=4), prompt(sequences)
     found = network.generate(tokens, 20, draft=draft, num_draft_tokens=count, temperature=0)
     assert found.tokens.equal(greedy(network, tokens, 20))
     assert found.accepted + found.passes == 20
@@ -98,7 +116,7 @@ def joint(network, tokens, count, vocabulary, path, temperature, top_k):
 def test_draws_are_distributed_as_the_chains(draft, temperature, top_k):
     network = language_model(blocks=2, vocabulary=3, spread=0.4).double()
     if draft == "stage-1":
-        draft = hbll.make_rule("greedy", network, heads="shared").readout(draft)
+        draft = hbll.make_rule("greedy", network, copies=False).readout(draft)
     elif draft:
         network = language_model(blocks=3, vocabulary=3, spread=0.4).double()
     tokens, generator = prompt(1, 2, 3).expand(2, -1), torch.Generator().manual_seed(0)

@@ -18,6 +18,15 @@ def states(network, x):
     return found
 
 
+def own_heads(rule):
+    """The heads of the stages' own readouts, away from the network's, which they are copies of."""
+    heads = [readout.head for readout in rule.own_readouts]
+    with torch.no_grad():
+        for parameter in (p for head in heads for p in head.parameters()):
+            parameter.add_(torch.randn_like(parameter))
+    return heads
+
+
 def check(rule, x, expected):
     """Every stage's readout but the last, and the last one's, gives what is expected of x."""
     names = [readout.name for readout in rule.exits]
@@ -31,7 +40,7 @@ def check(rule, x, expected):
 def test_greedy_reads_by_heads_of_its_own(states_):
     network, x, _ = residual(7)
     rule = make_rule("greedy", network, stage=(1, 2, 3), states=states_)
-    after, heads = states(network, x), rule.credit.heads
+    after, heads = states(network, x), own_heads(rule)
     check(rule, x, [heads[0](after[0]), heads[1](after[2])])
     assert [(readout.path, readout.blocks) for readout in rule.exits] == [
         ((1,), 1),
@@ -43,17 +52,18 @@ def test_greedy_reads_by_heads_of_its_own(states_):
 def test_the_shape_may_change_on_the_way():
     torch.manual_seed(0)
     blocks = [nn.Linear(before, after) for before, after in ((8, 6), (6, 5), (5, 4))]
-    network, x = hbll.Chain(nn.Linear(INPUTS, 8), blocks, nn.LazyLinear(CLASSES)), torch.randn(3, INPUTS)
-    heads = [nn.Linear(6, CLASSES), nn.Linear(5, CLASSES)]
-    network(x)
+    network, x = hbll.Chain(nn.Linear(INPUTS, 8), blocks, nn.Linear(4, CLASSES)), torch.randn(3, INPUTS)
     rule = make_rule("greedy", network)
-    rule.credit.heads = nn.ModuleList(heads)
+    heads = [nn.Linear(6, CLASSES), nn.Linear(5, CLASSES)]
+    for readout, head in zip(rule.own_readouts, heads, strict=True):
+        readout.head = head
     check(rule, x, [head(state) for head, state in zip(heads, states(network, x), strict=False)])
 
 
-def test_stream_reads_through_its_spine():
+@pytest.mark.parametrize("copies", [False, True])
+def test_stream_reads_through_its_spine(copies):
     network, x, _ = residual(8)
-    rule = make_rule("stream", network, stage=(2, 1, 1, 1, 2))
+    rule = make_rule("stream", network, stage=(2, 1, 1, 1, 2), copies=copies)
     blocks, after = network.blocks, states(network, x)
     # To the stages 1, 3, 7, .. on, of which the last blocks are passed, and to the last.
     spines = [(3, 5, 7), (4, 7), (5, 7), (7,)]
@@ -64,14 +74,33 @@ def test_stream_reads_through_its_spine():
             state = blocks[n - 1](state)
         expected.append(network.head(state))
     check(rule, x, expected)
-    assert rule.exits[0].path == (1, 2, 3, 5, 7)
+    # Copies are equal at first, and are no blocks of the network.
+    assert rule.exits[0].path == ((1, 2) if copies else (1, 2, 3, 5, 7))
+    assert [readout.blocks for readout in rule.exits] == [5, 5, 6, 6, 7]
+
+
+def test_a_spine_may_pass_several_blocks_of_a_stage():
+    rule = make_rule("stream", residual(8)[0], stage=(2, 2, 3), readout_depth=2)
+    assert [readout.path for readout in rule.exits] == [(1, 2, 3, 4, 6, 7), (1, 2, 3, 4, 6, 7), (1, 2, 3, 4, 5, 6, 7)]
+
+
+def test_solo_reads_by_blocks_of_its_own():
+    network, x, _ = residual(5)
+    rule = make_rule("solo", network, stage=2)
+    (own,) = rule.own_readouts
+    own_heads(rule)
+    state = states(network, x)[1]
+    for block in own.blocks:
+        state = block(state)
+    check(rule, x, [own.head.temperature * own.head.head(state)])
+    assert [readout.blocks for readout in rule.exits] == [4, 4]
 
 
 def test_a_context_reaches_blocks_and_heads():
     network, x, _ = masked(4)
     rule = make_rule("greedy", network)
     mask = network.embedded(x)[1]["mask"]
-    check(rule, x, [h(s, mask) for h, s in zip(rule.credit.heads, states(network, x), strict=False)])
+    check(rule, x, [h(s, mask) for h, s in zip(own_heads(rule), states(network, x), strict=False)])
 
 
 @pytest.mark.parametrize("name", ["dgl", "predsim"])
@@ -103,7 +132,7 @@ def test_a_classifier_reads_a_sample_the_same_in_any_company():
     torch.testing.assert_close(torch.cat([network(one[None], path=rule.exits[0]) for one in x]), together)
 
 
-@pytest.mark.parametrize("name", ["greedy", "stream", "dgl", "predsim"])
+@pytest.mark.parametrize("name", ["greedy", "stream", "solo", "dgl", "predsim"])
 def test_they_lie_in_a_state_dict(name):
     (network, x, y), (other, _, _) = residual(4), residual(4, seed=1)
     rule, copy = make_rule(name, network, example=x), make_rule(name, other)
@@ -116,7 +145,7 @@ def test_they_lie_in_a_state_dict(name):
         assert network(x, path=ours).equal(other(x, path=theirs))
 
 
-@pytest.mark.parametrize("name", sorted(set(RULES) - {"greedy", "stream", "dgl", "predsim"}))
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"greedy", "stream", "solo", "dgl", "predsim"}))
 def test_other_rules_have_none(name):
     network, x, _ = residual(4)
     rule = make_rule(name, network, example=x)

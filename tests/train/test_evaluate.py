@@ -139,7 +139,7 @@ def test_every_readout_with_what_it_costs(greedy_run):
 
 def test_a_stages_readout_is_a_path_to_evaluate(greedy_run):
     test, rule = greedy_run.recipe.splits(None).test, load_rule(greedy_run)
-    network, head = rule.network, rule.credit.heads[0]
+    network, head = rule.network, rule.own_readouts[0].head
     logits = head(network.blocks[1](network.blocks[0](network.embed(test.inputs))))
     share = (logits.argmax(-1) == test.labels).float().mean().item()
     (result,) = evaluate_run(greedy_run.folder, ["stage-1"])
