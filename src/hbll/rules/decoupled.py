@@ -1,8 +1,8 @@
 """Decoupled greedy learning (DGL): Belilovsky, Eickenberg & Oyallon, arXiv 1901.08164."""
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.names import check_number
 from hbll.network import Chain
+from hbll.rule import StageLoss, Step
 from hbll.rules.local import LocalRule
 
 __all__ = ["DecoupledGreedy", "auxiliary_network"]
@@ -43,6 +44,16 @@ class DecoupledGreedy(LocalRule):
     def classifier(self, stage: int) -> nn.Module:
         (predict,) = self.auxiliary(stage)
         return predict
+
+    def losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
+        self.build(x)
+        statistics = [(buffer, buffer.clone()) for buffer in self.beside.buffers()]
+        try:
+            yield from super().losses(x, y, step)
+        except Exception:  # a step that fails leaves everything as it was
+            for buffer, before in statistics:
+                buffer.copy_(before)
+            raise
 
     def local_loss(self, k: int, rows: Tensor, classes: Tensor) -> Tensor:
         return mean_loss(self.loss, self.classifier(k)(rows), classes)
