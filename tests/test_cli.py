@@ -54,7 +54,8 @@ def trained(tmp_path_factory):
         (["compare", "--help"], ["digits", "mnist-mlp"]),
         (["train", "digits", "--help"], ["--depth", "--method", "--rule", "greedy", "--optimizer", "--resume"]),
         (["compare", "mnist-mlp", "--help"], ["--depth", "--methods", "--rules", "--seeds", "--json"]),
-        (["evaluate", "--help"], ["--path", "--json"]),
+        (["evaluate", "--help"], ["--path", "--paths", "--exits", "--json"]),
+        (["generate", "--help"], ["--prompt", "--draft", "--num-draft-tokens", "--temperature", "--seed"]),
         (["report", "--help"], ["FOLDER"]),
         (["sublinear", "--help"], ["bench", "fit"]),
         (["sublinear", "fit", "--help"], ["--data", "--target"]),
@@ -100,6 +101,7 @@ def test_help(hbll, arguments, said):
         ("train digits --resume --run-dir no", "no is not the folder of a run: it has no configuration.json"),
         ("compare digits --resume --run-dir no", "no is not the folder of a comparison: it has no comparison.json"),
         ("evaluate no", "no is not the folder of a run: it has no configuration.json"),
+        ("generate no --prompt x", "no is not the folder of a run: it has no configuration.json"),
         ("report no", "no is not the folder of a run: it has no configuration.json"),
     ],
 )
@@ -205,6 +207,102 @@ def test_what_is_no_path_is_told(hbll, trained, path, said):
     assert (code, out) == (2, "")
     assert err.startswith(f"hbll: {said}")
     assert err.count("\n") == 1
+
+
+def test_evaluate_shows_every_readout_with_its_cost_and_a_plot(hbll, trained):
+    code, out, _ = hbll("evaluate", trained, "--paths", "all")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].split() == ["path", "blocks", "parameters", "ms", "a", "sample", "accuracy"]
+    assert re.fullmatch(r"1-2-3 +3 +2,026 +\S+ +\d\d\.\d\d %", lines[1].strip())  # 1,040 + 3 x 272 + 170
+    assert [line.split()[0] for line in lines[1:4]] == ["1-2-3", "2", "2-3"]
+    assert lines[4:] == [f"plot: {trained / 'paths.svg'}"]
+    assert (trained / "paths.svg").read_text().startswith("<svg")
+    paths = json.loads(hbll("evaluate", trained, "--paths", "all", "--json")[1])["paths"]
+    assert {"path", "blocks", "parameters", "milliseconds", "accuracy"} == set(paths[0])
+
+
+def test_evaluate_leaves_at_the_first_readout_that_is_sure(hbll, trained):
+    code, out, _ = hbll("evaluate", trained, "--exits", "0.5", "2")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["rim", "0.5"], ["rim", "2"]]
+    half, two = json.loads(hbll("evaluate", trained, "--exits", "0.5", "2", "--json")[1])["exits"]
+    assert (half["loss"], two["loss"]) == (0.005, 0.02)
+    assert two["blocks"] <= half["blocks"] <= 5  # of the rim two, of the chain three
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--path 2 --exits 1", "give --path, --paths all or --exits, one of them"),
+        ("--paths all --exits 1", "give --path, --paths all or --exits, one of them"),
+        ("--exits -1", "the loss of accuracy to bear must not be negative; got -0.01"),
+        ("--path stage-1", "there is no stage-1: the rule trains no readouts of stages, name a path"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told(hbll, trained, arguments, sentence):
+    assert hbll("evaluate", trained, *arguments.split()) == (2, "", f"hbll: {sentence}\n")
+
+
+@pytest.fixture
+def speaking(hbll, small_data):
+    """The options of a language model in `run`."""
+    sizes = ["--blocks", "3", "--width", "8", "--context", "24", "--stage", "1", "--epochs", "1"]
+    options = ["--method", "greedy", *sizes, "--train-samples", "64", "--data-dir", small_data, "--run-dir", "run"]
+    assert hbll("train", "shakespeare-gpt", *options)[0] == 0
+    return small_data
+
+
+def test_generate_prints_the_text_alone(hbll, speaking):
+    arguments = ["generate", "run", "--prompt", "abc", "--max-new-tokens", "20"]
+    code, out, err = hbll(*arguments, "--temperature", "0")
+    assert code == 0
+    assert re.fullmatch(r"abc.{20}\n", out)
+    assert re.fullmatch(r"[\d.]+ tokens/s, 20 passes\n", err)
+    for draft in ("2", "rim", "stage-1", "stage-2"):
+        code, drafted, err = hbll(*arguments, "--temperature", "0", "--draft", draft, "--num-draft-tokens", "3")
+        assert (code, drafted) == (0, out)
+        assert re.fullmatch(r"[\d.]+ tokens/s, [\d.]+ % of \d+ drafted tokens accepted, \d+ passes\n", err)
+    sampled = [hbll(*arguments, "--seed", seed, "--top-k", "20")[1] for seed in (0, 1, 0)]
+    assert sampled[0] == sampled[2] != sampled[1]
+    by_number, by_blocks = (hbll(*arguments, "--path", path, "--temperature", "0")[1] for path in ("2", "2-3"))
+    assert by_number == by_blocks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            "--prompt ab --max-new-tokens 24",
+            "2 tokens and 24 new ones are more than the context of 24 tokens that the network ",
+        ),
+        ("--prompt aé --max-new-tokens 4", "the vocabulary has no 'é'"),
+        ("--prompt= --max-new-tokens 4", "there is nothing to go on from: give a prompt of one character at least\n"),
+        ("--prompt a --temperature -1 --max-new-tokens 4", "temperature must not be negative; got -1.0\n"),
+        ("--prompt a --draft 1-3 --max-new-tokens 4", "1-3 is not a path: the tree has no arc from 1 to 3"),
+        ("--prompt a --draft 4 --max-new-tokens 4", "a path has between 1 and 3 blocks here; got 4\n"),
+        ("--prompt a --draft stage-7 --max-new-tokens 4", "unknown readout 'stage-7'; did you mean stage-"),
+        ("--prompt a --max-new-tokens 0", "max_new_tokens must be at least 1; got 0\n"),
+    ],
+)
+def test_what_cannot_be_generated_is_told(hbll, speaking, arguments, sentence):
+    code, out, err = hbll("generate", "run", *arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"hbll: {sentence}")
+    assert err.count("\n") == 1
+
+
+def test_a_text_of_another_vocabulary_is_told(hbll, speaking, monkeypatch):
+    monkeypatch.setattr("hbll.recipes.shakespeare_gpt.tiny_shakespeare", lambda _: "abc")
+    sentence = (
+        "the text has a vocabulary of 3 tokens, and the network in run one of 65: take the text that it was trained on"
+    )
+    assert hbll("generate", "run", "--prompt", "abc") == (2, "", f"hbll: {sentence}\n")
+
+
+def test_a_network_that_is_no_language_model_generates_none(hbll, trained):
+    sentence = "digits is no language model of blocks, which alone generates text"
+    assert hbll("generate", trained, "--prompt", "abc") == (2, "", f"hbll: {sentence}\n")
 
 
 def test_resuming_takes_the_options_of_the_run(hbll, trained):

@@ -35,6 +35,15 @@ def test_a_rule_of_ones_own(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_inference():
+    torch.manual_seed(0)
+    (block,) = code("docs/inference.md")
+    names: dict = {}
+    exec(compile(block, "docs/inference.md", "exec"), names)
+    assert names["text"].tokens.equal(names["plain"].tokens)
+    assert names["exited"].logits.shape == (64, 3)
+
+
 @pytest.mark.parametrize("rule", ["stream", "paper"])
 def test_example(rule, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["own_network.py", rule])

@@ -26,7 +26,7 @@ _MODULES = {
     "part": "adapt",
 }
 
-_ROOMS = ("cut", "models", "recurrent", "rules", "train")
+_ROOMS = ("cut", "exits", "generate", "models", "recurrent", "rules", "train")
 """Modules with functions of their own that are reached by their names: ``hbll.train.fit``."""
 
 _FORMER = {

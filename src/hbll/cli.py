@@ -1,4 +1,4 @@
-"""The command line: `hbll train | evaluate | compare | report | plan | sublinear`, and `hbll --version`.
+"""The command line: `hbll train | evaluate | generate | compare | report | plan | sublinear`, and `hbll --version`.
 
 Parsing is tyro's, from the option classes below; a recipe's own options come flat among them. What a command needs is
 imported when it runs, so that `hbll --help` answers at once. Results go to stdout, progress and errors to stderr.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
@@ -86,15 +86,55 @@ class EvaluateOptions:
     """Folder of the run."""
 
     path: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Paths to evaluate, each by its blocks (4-6-7), or `chain`, or `rim`, or by the network's own name for it (`tree`).
-    Without it the chain, and the rim cut short at every length; of recurrent networks the chain and, where the method
-    has one, the tree."""
+    """Paths to evaluate, each by its blocks (4-6-7), or `chain`, or `rim`, or by the network's own name for it (`tree`),
+    or a stage's readout (`stage-2`)."""
+
+    paths: Literal["usual", "all"] = "usual"
+    """Without --path: the chain, and the rim cut short at every length (of recurrent networks the chain and, where the
+    method has one, the tree); or all, with what each costs: also a path of every number of blocks, and the readouts of
+    all stages."""
+
+    exits: tuple[float, ...] = ()
+    """Instead of paths: classify each sample at the first readout that is sure enough to lose so many points of accuracy."""
 
     data_dir: Path | None = None
     """Folder that holds the data sets (the run's own, else $HBLL_DATA, else ~/.cache/hbll)."""
 
     json: FlagCreatePairsOff[bool] = False
     """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN"), Positional]
+    """Folder of the run of a language model."""
+
+    prompt: str
+    """The text to go on from."""
+
+    max_new_tokens: int = 100
+    """How many tokens follow."""
+
+    temperature: float = 1.0
+    """What logits are divided by before a token is drawn; 0 takes the likeliest one."""
+
+    top_k: int | None = None
+    """Draw among so many of the likeliest tokens (all)."""
+
+    seed: int = 0
+    """Of the draws."""
+
+    path: str | None = None
+    """The path to generate along: its blocks (4-6-7) or their number (3), or a stage's readout, stage-2 (the chain)."""
+
+    draft: str | None = None
+    """A path, named likewise, that drafts tokens for the other to verify (none)."""
+
+    num_draft_tokens: int = 4
+    """Tokens that are drafted before they are verified."""
+
+    data_dir: Path | None = None
+    """Folder that holds the data sets (the run's own, else $HBLL_DATA, else ~/.cache/hbll)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,16 +198,46 @@ def train(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """RUN [OPTIONS]         measure a run's network along paths of its tree"""
-    from hbll.train.console import show_paths
-    from hbll.train.evaluate import evaluate_run
+    from hbll.train.console import show_exits, show_paths
+    from hbll.train.evaluate import evaluate_exits, evaluate_run
+    from hbll.train.files import write_atomically
     from hbll.train.run import open_run
 
     options = _parse(EvaluateOptions, arguments, "hbll evaluate")
-    paths = evaluate_run(options.run, [path for group in options.path for path in group], options.data_dir)
+    names, every = [path for group in options.path for path in group], options.paths == "all"
+    if (names != []) + every + (options.exits != ()) > 1:
+        raise ValueError("give --path, --paths all or --exits, one of them")
+    if options.exits:
+        found = evaluate_exits(options.run, [points / 100 for points in options.exits], options.data_dir)
+        if options.json:
+            print(json.dumps({"exits": found}))
+        else:
+            show_exits(found)
+        return
+    paths = evaluate_run(options.run, names, options.data_dir, every=every)
+    measures = open_run(options.run).recipe.measures
+    plot = options.run / "paths.svg"
+    if every:
+        from hbll.train.plots import by_cost
+
+        write_atomically(plot, by_cost(paths, measures[0]))
     if options.json:
         print(json.dumps({"paths": paths}))
     else:
-        show_paths(paths, open_run(options.run).recipe.measures)
+        show_paths(paths, measures)
+        if every:
+            print(f"plot: {plot}")
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """RUN [OPTIONS]         let a run's language model go on with a text"""
+    from hbll.train.console import show_rates
+    from hbll.train.generate import generate_run
+
+    options = vars(_parse(GenerateOptions, arguments, "hbll generate"))
+    text, generation = generate_run(options.pop("run"), **options)
+    print(text)
+    show_rates(generation)
 
 
 def compare(arguments: Sequence[str]) -> None:
@@ -245,7 +315,7 @@ def sublinear(arguments: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    command.__name__: command for command in (train, evaluate, compare, report, plan, sublinear)
+    command.__name__: command for command in (train, evaluate, generate, compare, report, plan, sublinear)
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import safetensors
 import safetensors.torch
@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from hbll.adapt import Part, split
 from hbll.tree import Path, Tree, format_path
 
+if TYPE_CHECKING:
+    from hbll.generate import Generation
+
 __all__ = [
     "Chain",
     "Context",
+    "PathLike",
     "Readout",
     "apply",
     "call",
@@ -28,6 +32,8 @@ __all__ = [
     "evaluate",
     "first_of",
     "out_of_order",
+    "picked",
+    "takes",
 ]
 
 Context: TypeAlias = Mapping[str, Any]
@@ -48,6 +54,14 @@ class Readout:
 
     scores: Callable[[Tensor], Tensor] | None = None
     """x -> what the measures take for logits, where a rule has a way of its own to get them."""
+
+    head: nn.Module | None = None
+    """What reads the state that the path comes to, where it is a stage's readout and no path of the tree; it is handed what
+    it takes of the context, and of ``cache`` where tokens are generated."""
+
+
+PathLike: TypeAlias = str | int | Sequence[int] | Readout | None
+"""A path as ``Chain.resolve`` takes it, or a readout."""
 
 
 class Chain(nn.Module):
@@ -108,28 +122,37 @@ class Chain(nn.Module):
         embed, *blocks, head = split(model, at)
         return cls(embed, blocks, head, feature_dim)
 
-    def forward(self, x: Any, path: str | int | Sequence[int] | None = None) -> Any:
+    def forward(self, x: Any, path: PathLike = None) -> Any:
         """The head's output along a path, by default the chain of all blocks.
 
         Args:
             x: what embed takes.
-            path: see ``resolve``.
+            path: see ``resolve``; or a stage's readout, such as ``rule.exits`` has them.
 
         Raises:
             ValueError: the path is none, or leaves out blocks although one of it changes the state's shape.
         """
+        readout = self.way(path)
         state, context = self.embedded(x)
-        return self.read(self.along(self.resolve(path), state, context), context)
+        state = self.along(readout.path, state, context, of_stage=readout.head is not None)
+        return evaluate(self.reader(readout), state, context)
 
-    def along(self, path: Path, state: Tensor, context: Context) -> Tensor:
+    def reader(self, readout: Readout) -> nn.Module:
+        """What reads the state at the end of a readout's path."""
+        return self.head if readout.head is None else readout.head
+
+    def along(self, path: Path, state: Tensor, context: Context, of_stage: bool = False) -> Tensor:
         """The state that the blocks of a path make of the embedded input.
+
+        Args:
+            of_stage: whether it is read by what is made for it: the first blocks of the chain may then change its shape.
 
         Raises:
             ValueError: as ``forward``.
         """
-        in_order = path == self.tree.chain
-        for n in path:
-            if in_order:
+        may_change = of_stage or path == self.tree.chain
+        for i, n in enumerate(path, 1):
+            if may_change and n == i:  # after all blocks before it
                 state = apply(f"block {n}", self.blocks[n - 1], state, context)
                 continue
             with out_of_order(f"block {n}", state):
@@ -138,13 +161,16 @@ class Chain(nn.Module):
             state = output
         return state
 
-    def embedded(self, x: Any) -> tuple[Tensor, Context]:
+    def embedded(self, x: Any, **options: Any) -> tuple[Tensor, Context]:
         """The first state and the context of a batch.
+
+        Args:
+            options: what embed takes beside the batch, such as where in a sequence tokens start.
 
         Raises:
             ValueError: embed returns neither a tensor nor one with a dict, or the context has an entry that nothing takes.
         """
-        output = self.embed(x)
+        output = self.embed(x, **options)
         if isinstance(output, Tensor):
             return output, {}
         if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping)):
@@ -179,6 +205,16 @@ class Chain(nn.Module):
         if isinstance(path, int):
             return self.tree.path(blocks=path)
         return self.tree.check_path(path)
+
+    def way(self, path: PathLike) -> Readout:
+        """What ``resolve`` takes, or a readout, as a readout."""
+        return path if isinstance(path, Readout) else _readout(self.resolve(path))
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> "Generation":
+        """Tokens that go on from those given: see ``hbll.generate.generate``."""
+        from hbll.generate import generate  # which stands on this module
+
+        return generate(self, tokens, max_new_tokens, **options)
 
     @property
     def readouts(self) -> list[Readout]:
@@ -265,7 +301,11 @@ def evaluate(module: nn.Module, state: Tensor, context: Context) -> Any:
 
 def chosen(module: nn.Module, context: Context) -> dict[str, Any]:
     """What of a context a module takes."""
-    taken = takes(module)
+    return picked(context, takes(module))
+
+
+def picked(context: Context, taken: frozenset[str] | None) -> dict[str, Any]:
+    """What of a context has one of these keys; all of it for None."""
     return dict(context) if taken is None else {key: value for key, value in context.items() if key in taken}
 
 

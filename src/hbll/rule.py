@@ -21,7 +21,9 @@ from hbll.carry import Carry, map_tensors, own_copy
 from hbll.cut import Stage, cut
 from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.modes import evaluating, is_trained
+from hbll.names import check_known
 from hbll.network import Chain, Context, Readout
+from hbll.tree import Path
 
 __all__ = ["Message", "Report", "Rule", "StageLoss", "Step", "attach_gradients"]
 
@@ -416,6 +418,39 @@ class Rule(nn.Module, ABC):
     def readouts(self) -> list[Readout]:
         """The ways of reading the network that are measured of it, the chain first."""
         return self.network.readouts
+
+    def exit(self, stage: int) -> Readout | None:
+        """How the label is read off the output of a stage that is not the last; None if the rule trains nothing to do so."""
+        return None
+
+    def exit_by(self, stage: int, head: nn.Module, through: Path = (), own_blocks: int = 0) -> Readout:
+        """The readout of a stage by a head, which may have blocks of its own, after further blocks of the network."""
+        path = (*range(1, self.stages[stage - 1].numbers[-1] + 1), *through)
+        return Readout(f"stage-{stage}", path, len(path) + own_blocks, head=head)
+
+    @property
+    def exits(self) -> list[Readout]:
+        """The readouts of all stages, the last of which is the chain's; none if the rule trains no other.
+
+        Raises:
+            ValueError: they wait for the shapes of states.
+        """
+        last = len(self.stages)
+        early = [readout for stage in range(1, last) if (readout := self.exit(stage))]
+        return [*early, self.exit_by(last, self.network.head)] if early else []
+
+    def readout(self, name: str) -> Readout:
+        """The readout that a user names: of a stage, ``stage-2``, or a path of the network.
+
+        Raises:
+            ValueError: there is none like it.
+        """
+        if not name.startswith("stage-"):
+            return self.network.readout(name)
+        exits = {readout.name: readout for readout in self.exits}
+        if not exits:
+            raise ValueError(f"there is no {name}: the rule trains no readouts of stages, name a path")
+        return exits[check_known(name, exits, "readout")]
 
     @property
     def parts(self) -> dict[str, nn.Module]:

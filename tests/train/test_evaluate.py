@@ -6,11 +6,12 @@ from torch import nn
 
 from hbll import Chain, make_rule
 from hbll.data import Samples
+from hbll.exits import calibrate, confidence, first_exits
 from hbll.network import Readout
 from hbll.recipes import RECIPES
 from hbll.recipes.measures import ACCURACY, CHARACTER_MEASURES, CROSS_ENTROPY
 from hbll.train import metrics
-from hbll.train.evaluate import evaluate_run, load_rule, measured
+from hbll.train.evaluate import evaluate_exits, evaluate_run, load_rule, measured
 from hbll.train.loop import train
 from hbll.train.run import Run
 
@@ -84,12 +85,21 @@ def test_a_readout_may_have_scores_of_its_own(shifting):
     assert result == {"path": "turned", "blocks": 1, "accuracy": 1.0}
 
 
-@pytest.fixture
-def run(tmp_path):
-    recipe = RECIPES["digits"](blocks=3, width=16, epochs=2)
-    run = Run(recipe=recipe, method="bp", seed=1, folder=tmp_path)
+def trained(folder, method, blocks=3, **options):
+    recipe = RECIPES["digits"](blocks=blocks, width=16, epochs=2, **options)
+    run = Run(recipe=recipe, method=method, seed=1, folder=folder)
     train(run)
     return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return trained(tmp_path, "bp")
+
+
+@pytest.fixture(scope="module")
+def greedy_run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("greedy"), "greedy", blocks=7, stage=(2, 2, 3))
 
 
 def test_a_run_evaluates_to_what_its_last_epoch_measured(run):
@@ -111,3 +121,71 @@ def test_the_network_of_a_run_is_an_ordinary_one(run):
 def test_what_is_no_path_of_the_network_is_refused(run):
     with pytest.raises(ValueError, match="3 is not a path"):
         evaluate_run(run.folder, ["3"])
+
+
+def test_every_readout_with_what_it_costs(greedy_run):
+    found = {path["path"]: path for path in evaluate_run(greedy_run.folder, every=True)}
+    rim = ["4", "4-6", "4-6-7"]
+    others = ["4-5-6-7", "2-4-5-6-7", "2-3-4-5-6-7"]
+    assert list(found) == ["1-2-3-4-5-6-7", *rim, "stage-1", "stage-2", *others]
+    embed, block, head = 64 * 16 + 16, 16 * 16 + 16, 16 * 10 + 10
+    for name, path in found.items():
+        assert path["blocks"] == {"stage-1": 2, "stage-2": 4}.get(name, len(name.split("-")))
+        assert path["parameters"] == embed + path["blocks"] * block + head
+        assert math.isfinite(path["milliseconds"])
+    usual = evaluate_run(greedy_run.folder)
+    assert usual == [{key: found[path["path"]][key] for key in path} for path in usual]
+
+
+def test_a_stages_readout_is_a_path_to_evaluate(greedy_run):
+    test, rule = greedy_run.recipe.splits(None).test, load_rule(greedy_run)
+    network, head = rule.network, rule.own_readouts[0].head
+    logits = head(network.blocks[1](network.blocks[0](network.embed(test.inputs))))
+    share = (logits.argmax(-1) == test.labels).float().mean().item()
+    (result,) = evaluate_run(greedy_run.folder, ["stage-1"])
+    assert result == {"path": "stage-1", "blocks": 2, "accuracy": pytest.approx(share)}
+
+
+@pytest.mark.parametrize("name", ["ff", "dgl"])
+def test_local_rules_have_the_readouts_that_they_train(tmp_path, name):
+    trained(tmp_path, name)
+    names = [path["path"] for path in evaluate_run(tmp_path, every=True)]
+    assert names == ["1-2-3", *{"ff": ["goodness"], "dgl": ["stage-1", "stage-2"]}[name], "2", "2-3"]
+
+
+@torch.no_grad()
+def test_leaving_early_is_calibrated_on_half_of_the_samples_and_measured_on_the_rest(greedy_run):
+    test, rule = greedy_run.recipe.splits(None).test, load_rule(greedy_run)
+    chain, *rim = rule.network.readouts
+    results = evaluate_exits(greedy_run.folder, [0.0, 0.05])
+    assert [(found["exits"], found["loss"]) for found in results] == [
+        (exits, loss) for exits in ("stages", "rim") for loss in (0.0, 0.05)
+    ]
+    for found in results:
+        readouts, blocks = (rule.exits, [2, 4, 7]) if found["exits"] == "stages" else ([*rim, chain], [1, 2, 3, 10])
+        logits = torch.stack([rule.network(test.inputs, path=readout) for readout in readouts])
+        right = logits.argmax(-1) == test.labels
+        threshold = calibrate(confidence(logits)[:, ::2], right[:, ::2], found["loss"])
+        exits = first_exits(confidence(logits)[:, 1::2], threshold)
+        kept = right[:, 1::2].gather(0, exits[None]).double().mean().item()
+        assert found["threshold"] == (None if math.isinf(threshold) else pytest.approx(threshold))
+        assert found["accuracy"] == pytest.approx(kept)
+        assert found["full_accuracy"] == pytest.approx(right[-1, 1::2].double().mean().item())
+        assert found["blocks"] == pytest.approx(torch.tensor(blocks)[exits].double().mean().item())
+        assert found["full_blocks"] == 7
+        shares = (exits == torch.arange(len(readouts))[:, None]).double().mean(1).tolist()
+        assert list(found["shares"].values()) == pytest.approx(shares)
+        assert list(found["shares"]) == [readout.name for readout in readouts]
+
+
+def test_what_cannot_leave_early_is_told(tmp_path):
+    trained(tmp_path, "dfa", blocks=1)
+    with pytest.raises(ValueError, match="dfa on digits has no readout to leave at before the chain's"):
+        evaluate_exits(tmp_path, [0.01])
+
+
+def test_a_checkpoint_of_another_architecture_is_told(run, tmp_path):
+    other = trained(tmp_path / "other", "bp", blocks=2)
+    run.checkpoint_file.write_bytes(other.checkpoint_file.read_bytes())
+    with pytest.raises(ValueError, match="holds a network of another architecture than configuration"):
+        evaluate_run(run.folder)

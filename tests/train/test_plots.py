@@ -25,6 +25,19 @@ def history(share, correction, epochs=3, defect=None, cosine=None):
     ]
 
 
+def readout(path, blocks, accuracy):
+    cost = {"parameters": 100 * blocks, "milliseconds": 0.1 * blocks}
+    return {"path": path, "blocks": blocks, **cost, "accuracy": accuracy}
+
+
+def test_readouts_are_drawn_by_cost_and_those_of_stages_apart():
+    paths = [readout("1-2-3", 3, 0.9), readout("2", 1, 0.5), readout("2-3", 2, None)]
+    text = plots.by_cost(paths, ACCURACY)
+    assert all(title in text for title in ("blocks", "parameters", "milliseconds for a sample", "accuracy, %", "path"))
+    assert "stage" not in text
+    assert "stage" in plots.by_cost([*paths, readout("stage-1", 1, 0.8)], ACCURACY)
+
+
 def test_seeds_that_agree_are_drawn_although_their_mean_is_rounded():
     # The mean of three times 0.1 is above it.
     assert "<svg" in plots.by_path({"paper": [history(0.001, 1.0)] * 3}, ACCURACY)

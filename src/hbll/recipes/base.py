@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hbll.cut import even
 from hbll.data import Splits
+from hbll.data.text import Tokenizer
 from hbll.names import check_known
 from hbll.network import Chain, Readout
 from hbll.recipes.measures import ACCURACY, Measure
@@ -137,9 +138,17 @@ class Recipe(ABC):
         """The ways of reading a trained network that are measured, the chain first."""
         return rule.readouts
 
+    def all_readouts(self, rule: Rule) -> list[Readout]:
+        """Those, and the others that show what each costs: of every stage that has one, and a path of each length."""
+        return [*self.readouts(rule), *rule.exits[:-1]]
+
     def other_readout(self, rule: Rule, name: str) -> Readout:
-        """A readout beside those, by a user's name for it; ValueError when there is none like it."""
-        return rule.network.readout(name)
+        """A readout by a user's name for it; ValueError when there is none like it."""
+        return rule.readout(name)
+
+    def tokenizer(self, data_dir: Path | None) -> Tokenizer:
+        """How text becomes tokens and tokens text; ValueError when the recipe's network generates none."""
+        raise ValueError(f"{self.name} is no language model of blocks, which alone generates text")
 
     @abstractmethod
     def rule(self, method: str, network: Any, example: Any) -> Rule:
@@ -221,6 +230,11 @@ class ChainRecipe(Recipe):
             return issubclass(kind, LocalRule)
         return option not in RULE_OPTIONS or option in options_of(method)
 
+    def all_readouts(self, rule: Rule) -> list[Readout]:
+        paths = [rule.network.way(blocks) for blocks in range(1, len(rule.network.blocks))]
+        found = [*self.readouts(rule), *rule.exits[:-1], *paths]
+        return list({readout.name: readout for readout in found}.values())
+
     def rule(self, method: str, network: Chain, example: Any) -> Rule:
         options = {option: value for option, value in self.chosen().items() if self.reads(method, option)}
         if "cuts" in options:
@@ -279,8 +293,13 @@ class LayeredRecipe(ChainRecipe):
         chain, *others = rule.readouts
         return [replace(chain, name="chain"), *(readout for readout in others if readout.path == chain.path)]
 
+    def all_readouts(self, rule: Rule) -> list[Readout]:
+        return Recipe.all_readouts(self, rule)
+
     def other_readout(self, rule: Rule, name: str) -> Readout:
-        raise ValueError(f"{name!r} is not a path: states change shape, and there is one, the chain")
+        if not name.startswith("stage-"):
+            raise ValueError(f"{name!r} is not a path: states change shape, and there is one, the chain")
+        return rule.readout(name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hbll.data import Splits
-from hbll.data.text import CHARACTERS, next_characters, tiny_shakespeare
+from hbll.data.text import CHARACTERS, Characters, next_characters, tiny_shakespeare
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
 from hbll.network import Chain
 from hbll.recipes.base import ChainRecipe, Schedule
@@ -52,6 +52,9 @@ class ShakespeareGpt(ChainRecipe):
 
     def load(self, data_dir: Path | None) -> Splits:
         return next_characters(tiny_shakespeare(data_dir), self.context)
+
+    def tokenizer(self, data_dir: Path | None) -> Characters:
+        return Characters(tiny_shakespeare(data_dir))
 
     def network(self) -> Chain:
         return Chain(

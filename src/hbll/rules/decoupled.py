@@ -1,8 +1,8 @@
 """Decoupled greedy learning (DGL): Belilovsky, Eickenberg & Oyallon, arXiv 1901.08164."""
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.names import check_number
 from hbll.network import Chain
+from hbll.rule import StageLoss, Step
 from hbll.rules.local import LocalRule
 
 __all__ = ["DecoupledGreedy", "auxiliary_network"]
@@ -40,9 +41,22 @@ class DecoupledGreedy(LocalRule):
     def made(self, shapes: Sequence[torch.Size], classes: int) -> Sequence[Sequence[nn.Module]]:
         return [[auxiliary_network(shape, classes, self.hidden)] for shape in shapes[:-1]]
 
+    def classifier(self, stage: int) -> nn.Module:
+        (predict,) = self.auxiliary(stage)
+        return predict
+
+    def losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
+        self.build(x)
+        statistics = [(buffer, buffer.clone()) for buffer in self.beside.buffers()]
+        try:
+            yield from super().losses(x, y, step)
+        except Exception:  # a step that fails leaves everything as it was
+            for buffer, before in statistics:
+                buffer.copy_(before)
+            raise
+
     def local_loss(self, k: int, rows: Tensor, classes: Tensor) -> Tensor:
-        (predict,) = self.auxiliary(k)
-        return mean_loss(self.loss, predict(rows), classes)
+        return mean_loss(self.loss, self.classifier(k)(rows), classes)
 
 
 def auxiliary_network(shape: Sequence[int], classes: int, hidden: int) -> nn.Module:
@@ -50,8 +64,7 @@ def auxiliary_network(shape: Sequence[int], classes: int, hidden: int) -> nn.Mod
 
     Feature maps are averaged down to a quarter of each side, pass three 1 x 1 convolutions and are averaged down to 2 x 2;
     a multilayer perceptron as wide as that classifies them. States of vectors go to the perceptron at once, and so does a
-    token with a label of its own; tokens with one label go as their mean. Norms are over the batch at hand: auxiliary
-    networks are not deployed.
+    token with a label of its own; tokens with one label go as their mean.
     """
     if len(shape) == 3:
         maps, rows, columns = shape
@@ -61,18 +74,14 @@ def auxiliary_network(shape: Sequence[int], classes: int, hidden: int) -> nn.Mod
             for _ in range(3)
             for layer in (
                 nn.Conv2d(maps, maps, 1, bias=False),
-                nn.BatchNorm2d(maps, track_running_stats=False),
+                nn.BatchNorm2d(maps),
                 nn.ReLU(),
             )
         ]
         start, width = [reduce, *mix, nn.AdaptiveAvgPool2d(2), nn.Flatten()], 4 * maps
     else:
         start, width = [_Mean()] if len(shape) == 2 else [], shape[-1]
-    deep = [
-        layer
-        for _ in range(hidden)
-        for layer in (nn.Linear(width, width), nn.BatchNorm1d(width, track_running_stats=False), nn.ReLU())
-    ]
+    deep = [layer for _ in range(hidden) for layer in (nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU())]
     return nn.Sequential(*start, *deep, nn.Linear(width, classes))
 
 

@@ -77,6 +77,23 @@ class Cost:
     """Those of them in which each needs the one before; a block's two products need not wait for each other."""
 
 
+class OfRows(nn.Module):
+    """A classifier of rows, samples or tokens, as one of states.
+
+    Args:
+        classifier: rows (n, ...) -> logits (n, C).
+        dims: of a state's dimensions the first so many number its rows.
+    """
+
+    def __init__(self, classifier: nn.Module, dims: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.dims = dims
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.classifier(state.flatten(0, self.dims - 1)).unflatten(0, state.shape[: self.dims])
+
+
 class LocalRule(Rule):
     """A training rule by which every stage has a loss of its own.
 
@@ -125,6 +142,18 @@ class LocalRule(Rule):
     def readouts(self) -> list[Readout]:
         """The readouts that the rule trains: the chain."""
         return self.network.readouts[:1]
+
+    def classifier(self, stage: int) -> nn.Module | None:
+        """Of the modules that were ``made`` for a stage the one that tells the label, rows (n, ...) -> logits (n, C)."""
+        return None
+
+    def exit(self, stage: int) -> Readout | None:
+        if not self.built:
+            raise ValueError(
+                "readouts of stages wait for the shapes of states: call rule.build(x) with a batch of inputs"
+            )
+        classifier = self.classifier(stage)
+        return self.exit_by(stage, OfRows(classifier, self.label_dims[0])) if classifier else None
 
     # What a rule has beside the network
 

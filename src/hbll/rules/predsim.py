@@ -80,6 +80,9 @@ class PredSim(LocalRule):
         predictors = [predictor(shape, classes, self.pooled) for shape in shapes]
         return list(zip(matchers, predictors, strict=True))
 
+    def classifier(self, stage: int) -> nn.Module:
+        return self.auxiliary(stage)[1]
+
     def local_loss(self, k: int, rows: Tensor, classes: Tensor) -> Tensor:
         match, predict = self.auxiliary(k)
         prediction = predict(rows)

@@ -18,7 +18,7 @@ from hbll.cut import cut
 from hbll.engine import Engine, make_engine, stack
 from hbll.losses import Loss, cross_entropy, row_means, sample_losses, wide
 from hbll.names import check_choice, check_number
-from hbll.network import Chain, Context, check_shape, evaluate, out_of_order
+from hbll.network import Chain, Context, Readout, check_shape, evaluate, out_of_order
 from hbll.rule import Message, StageLoss, Step
 from hbll.rules.chain import ChainStates
 from hbll.rules.composed import (
@@ -317,6 +317,13 @@ class Stream(Composed):
     def own_readouts(self) -> list[StageReadout]:
         """The readouts of all stages but the last, where they are the stages' own."""
         return cast("ReadoutCredit", self.credit).own
+
+    def exit(self, stage: int) -> Readout:
+        if self.own_readouts:
+            readout = self.own_readouts[stage - 1]
+            return self.exit_by(stage, readout, own_blocks=len(readout.blocks))
+        credit = cast("ReadoutCredit", self.credit)
+        return self.exit_by(stage, self.network.head, passed(stage, self.stages, credit.kind, credit.depth))
 
     def meetings(self) -> list[Meeting]:
         """The modules that are refreshed, with their copies."""

@@ -1,5 +1,6 @@
 """Runs as the terminal shows them: progress on stderr, results on stdout."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -7,14 +8,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hbll.generate import Generation
 from hbll.recipes import Measure
 from hbll.train import metrics
 from hbll.train.compare import Comparison, MethodResult, compare
-from hbll.train.evaluate import PathResult
+from hbll.train.evaluate import ExitResult, PathResult
 from hbll.train.loop import Interrupted, train
 from hbll.train.metrics import Metrics
 from hbll.train.run import Run
-from hbll.train.tables import path_columns, path_row, result_columns, result_row
+from hbll.train.tables import EXIT_COLUMNS, exit_row, path_columns, path_row, result_columns, result_row
 
 _NAME_WIDTH = 12
 """Characters that the first column of a table has at least."""
@@ -76,9 +78,22 @@ def show_results(results: Iterable[MethodResult], measures: Sequence[Measure], p
     print(f"page: {page}")
 
 
-def show_paths(paths: Iterable[PathResult], measures: Sequence[Measure]) -> None:
-    """The table of what the paths came to."""
-    show_table(path_columns(measures), (path_row(path, measures) for path in paths))
+def show_paths(paths: Sequence[PathResult], measures: Sequence[Measure]) -> None:
+    """The table of what the paths came to, and of what they cost if that was measured."""
+    show_table(path_columns(measures, "parameters" in paths[0]), (path_row(path, measures) for path in paths))
+
+
+def show_exits(found: Iterable[ExitResult]) -> None:
+    """The table of what leaving early came to."""
+    show_table(EXIT_COLUMNS, map(exit_row, found))
+
+
+def show_rates(generation: Generation) -> None:
+    """How fast text was generated, on stderr."""
+    rate = f"{generation.tokens_per_second:.1f} tokens/s"
+    if generation.acceptance_rate is not None:
+        rate += f", {100 * generation.acceptance_rate:.1f} % of {generation.drafted} drafted tokens accepted"
+    print(f"{rate}, {generation.passes} passes", file=sys.stderr)
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""A trained network measured along its paths."""
+"""A trained network measured along its paths and at the readouts of its stages: how good, and at what cost."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,23 +6,35 @@ from pathlib import Path as FilePath
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from hbll.data import Samples
+from hbll.exits import calibrate, classify, confidence, logits_at
 from hbll.modes import evaluating
-from hbll.network import Readout
+from hbll.network import Chain, Readout
 from hbll.recipes import Measure
 from hbll.rule import Rule
 from hbll.train import checkpoint
 from hbll.train.device import device
 from hbll.train.run import Run, open_run
 
+TIMED_SECONDS = 0.1
+"""For which a readout is evaluated again and again to see how long it takes."""
+
 BATCH_SIZE = 1000
 """Samples evaluated at once: bounds the memory, changes no result."""
 
 PathResult: TypeAlias = dict[str, Any]
 """What a path came to: its name as `path`, the `blocks` that it evaluates, and every measure of the recipe under the
-measure's own name, None where it is not finite."""
+measure's own name, None where it is not finite. If asked for, what it costs: the `parameters` of all that it evaluates,
+embed and head among it, and the `milliseconds` for a sample, in batches of `BATCH_SIZE`."""
+
+ExitResult: TypeAlias = dict[str, Any]
+"""What leaving early came to on the samples that were not calibrated on: `exits`, the readouts to leave at (`stages` or
+`rim`); `loss`, of accuracy, that was to be borne; the `threshold` of the confidence, None if no sample may leave early;
+`accuracy`, and `full_accuracy` at the last readout; `blocks` for a sample on average, and `full_blocks` of the chain; by
+name the `shares` of the samples that left at each readout."""
 
 
 def load_rule(run: Run) -> Rule:
@@ -30,23 +42,104 @@ def load_rule(run: Run) -> Rule:
     rule = run.recipe.rule(run.method, run.recipe.network(), None)
     state = checkpoint.load(run.checkpoint_file)
     with checkpoint.understood(run.checkpoint_file):
-        rule.load_state_dict(state["rule"])
+        weights = state["rule"]
+    try:
+        rule.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{run.checkpoint_file} holds a network of another architecture than {run.configuration_file.name} beside it: "
+            + str(error).splitlines()[1].strip()
+        ) from error
     return rule
 
 
-def evaluate_run(folder: FilePath, names: Sequence[str] = (), data_dir: FilePath | None = None) -> list[PathResult]:
+def evaluate_run(
+    folder: FilePath, names: Sequence[str] = (), data_dir: FilePath | None = None, *, every: bool = False
+) -> list[PathResult]:
     """A run's network measured on the test samples along the paths of those names, or the usual ones.
 
-    `data_dir` None is the run's own. ValueError when `folder` holds no run, a name is no path, or the data are missing.
+    Args:
+        folder: of the run.
+        names: of paths, and of readouts of stages.
+        data_dir: of the data set; None: the run's own.
+        every: the readouts of all stages instead, and a path of each number of blocks, with what they cost.
+
+    Raises:
+        ValueError: `folder` holds no run, a name is no path, or the data are missing.
     """
     run = open_run(folder)
     recipe = run.recipe
     rule = load_rule(run).to(device())
+    test = recipe.splits(data_dir or run.data_dir).test.to(device())
+    rule.build(test.inputs[:1])
     usual = {readout.name: readout for readout in recipe.readouts(rule)}
     asked = [usual[name] if name in usual else recipe.other_readout(rule, name) for name in names]
-    readouts = {readout.name: readout for readout in asked} or usual
+    if not every:
+        readouts = {readout.name: readout for readout in asked} or usual
+        return measured(rule, test, readouts.values(), recipe.measures)
+    readouts = recipe.all_readouts(rule)
+    results = measured(rule, test, readouts, recipe.measures)
+    with evaluating(rule):
+        costs = [_cost(rule.network, test.inputs[:BATCH_SIZE], readout) for readout in readouts]
+    return [result | cost for result, cost in zip(results, costs, strict=True)]
+
+
+def evaluate_exits(folder: FilePath, losses: Sequence[float], data_dir: FilePath | None = None) -> list[ExitResult]:
+    """What leaving a run's classifier at the first readout that is sure enough comes to.
+
+    There is no validation split: every other test sample calibrates, and the rest are measured.
+
+    Args:
+        folder: of the run.
+        losses: of accuracy, shares of the samples, each of which is to be borne.
+        data_dir: of the data set; None: the run's own.
+
+    Raises:
+        ValueError: as `evaluate_run`; a loss is negative; or the run has no classes of whole samples, or no readout but the
+            chain's.
+    """
+    run = open_run(folder)
+    recipe = run.recipe
+    rule = load_rule(run).to(device())
     test = recipe.splits(data_dir or run.data_dir).test.to(device())
-    return measured(rule, test, readouts.values(), recipe.measures)
+    if test.labels.ndim != 1:
+        raise ValueError(
+            f"{recipe.name} predicts every token of a sequence: confidence exits are for classes of samples"
+        )
+    rule.build(test.inputs[:1])
+    chain, *shorter = (readout for readout in recipe.readouts(rule) if not readout.scores)
+    sequences = {"stages": rule.exits, "rim": [*shorter, chain]}
+    sequences = {name: readouts for name, readouts in sequences.items() if len(readouts) > 1}
+    if not isinstance(rule.network, Chain) or not sequences:
+        raise ValueError(f"{run.method} on {recipe.name} has no readout to leave at before the chain's")
+    with evaluating(rule):
+        return [
+            {"exits": name, "loss": loss, **_leaving(rule.network, readouts, test, loss)}
+            for name, readouts in sequences.items()
+            for loss in losses
+        ]
+
+
+def _leaving(network: Chain, readouts: Sequence[Readout], samples: Samples, loss: float) -> ExitResult:
+    held_out, rest = samples[::2], samples[1::2]
+    logits = torch.cat([logits_at(network, readouts, inputs) for inputs in held_out.inputs.split(BATCH_SIZE)], 1)
+    threshold = calibrate(confidence(logits), logits.argmax(-1) == held_out.labels, loss)
+    batches = rest.inputs.split(BATCH_SIZE)
+    exited = [classify(network, readouts, inputs, threshold) for inputs in batches]
+    full = torch.cat([network(inputs, path=readouts[-1]).argmax(-1) for inputs in batches])
+    exits = torch.cat([found.exits for found in exited])
+    return {
+        "threshold": threshold if math.isfinite(threshold) else None,
+        "accuracy": _share(torch.cat([found.logits.argmax(-1) for found in exited]) == rest.labels),
+        "full_accuracy": _share(full == rest.labels),
+        "blocks": sum(found.blocks * len(found.exits) for found in exited) / len(rest),
+        "full_blocks": readouts[-1].blocks,
+        "shares": {readout.name: _share(exits == number) for number, readout in enumerate(readouts)},
+    }
+
+
+def _share(which: Tensor) -> float:
+    return which.double().mean().item()
 
 
 @torch.no_grad()
@@ -66,7 +159,30 @@ def _means(
 ) -> dict[str, float | None]:
     sums = torch.zeros(len(measures), dtype=torch.float64, device=samples.labels.device)
     for inputs, labels in zip(samples.inputs.split(BATCH_SIZE), samples.labels.split(BATCH_SIZE), strict=True):
-        logits = readout.scores(inputs) if readout.scores else network(inputs, path=readout.path)
+        logits = _scores(network, inputs, readout)
         sums += torch.stack([measure.values(logits, labels).sum(dtype=torch.float64) for measure in measures])
     means = (sums / samples.labels.numel()).tolist()  # of sequences, every step counts
     return {measure.name: mean if math.isfinite(mean) else None for measure, mean in zip(measures, means, strict=True)}
+
+
+def _scores(network: nn.Module, inputs: Tensor, readout: Readout) -> Tensor:
+    if readout.scores:
+        return readout.scores(inputs)
+    return network(inputs, path=readout.path if readout.head is None else readout)
+
+
+@torch.no_grad()
+def _cost(network: nn.Module, inputs: Tensor, readout: Readout) -> dict[str, float]:
+    """The parameters that a readout evaluates, and the milliseconds that it takes for a sample."""
+    if isinstance(network, Chain):
+        blocks = [network.blocks[n - 1] for n in readout.path]
+        modules = [network.embed, *blocks, network.reader(readout)]
+    else:
+        modules = [network]
+    named = {"scores": lambda: _scores(network, inputs, readout)}
+    timer = Timer("scores()", globals=named, num_threads=torch.get_num_threads())
+    seconds = timer.blocked_autorange(min_run_time=TIMED_SECONDS).median
+    return {
+        "parameters": sum(p.numel() for p in {p for module in modules for p in module.parameters()}),
+        "milliseconds": 1000 * seconds / len(inputs),
+    }

@@ -74,6 +74,26 @@ def by_path(histories: Histories, measure: Measure) -> str:
         return _svg(figure)
 
 
+def by_cost(paths: Sequence[PathResult], measure: Measure) -> str:
+    """A network's readouts by what they cost: blocks, parameters, and milliseconds for a sample."""
+    kinds = {"path": [p for p in paths if not p["path"].startswith("stage-")]}
+    if stages := [p for p in paths if p["path"].startswith("stage-")]:
+        kinds["stage"] = stages
+    with mpl.rc_context(_STYLE):
+        figure = Figure((10.0, 3.6), layout="constrained")
+        panels = figure.subplots(1, 3, sharey=True)
+        titles = {"blocks": "blocks", "parameters": "parameters", "milliseconds": "milliseconds for a sample"}
+        for axes, (cost, title) in zip(panels, titles.items(), strict=True):
+            for look, marker, (kind, found) in zip(_LOOKS, _MARKERS, kinds.items(), strict=False):
+                found = sorted(found, key=lambda path: path[cost])
+                values = _scaled([found], measure)[0]
+                axes.plot([path[cost] for path in found], values, **look, marker=marker, label=kind)
+            axes.set(xlabel=title)
+        panels[0].set_ylabel(measure.axis)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        return _svg(figure)
+
+
 def defects(histories: Histories) -> str | None:
     """How far the last sweep still moved the states, over the epochs; None when no method sweeps."""
     found = {

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from hbll.recipes import Measure
+from hbll.recipes.measures import ACCURACY
 from hbll.train.compare import MethodResult
-from hbll.train.evaluate import PathResult
+from hbll.train.evaluate import ExitResult, PathResult
 
 
 def result_columns(measures: Sequence[Measure]) -> list[str]:
@@ -29,11 +30,35 @@ def result_row(result: MethodResult, measures: Sequence[Measure]) -> list[str]:
     ]
 
 
-def path_columns(measures: Sequence[Measure]) -> list[str]:
+def path_columns(measures: Sequence[Measure], costs: bool = False) -> list[str]:
     """The columns of a table of paths."""
-    return ["path", "blocks", *(measure.title for measure in measures)]
+    return [
+        "path",
+        "blocks",
+        *(["parameters", "ms a sample"] if costs else []),
+        *(measure.title for measure in measures),
+    ]
 
 
 def path_row(path: PathResult, measures: Sequence[Measure]) -> list[str]:
     """What a path came to, under `path_columns`."""
-    return [path["path"], str(path["blocks"]), *(measure.text(path[measure.name]) for measure in measures)]
+    costs = [f"{path['parameters']:,}", f"{path['milliseconds']:.3g}"] if "parameters" in path else []
+    return [path["path"], str(path["blocks"]), *costs, *(measure.text(path[measure.name]) for measure in measures)]
+
+
+EXIT_COLUMNS = ("exits", "loss borne", "confidence", "accuracy", "of the chain", "blocks", "of", "left at each, %")
+"""The columns of a table of confidence exits."""
+
+
+def exit_row(found: ExitResult) -> list[str]:
+    """What leaving early came to, under `EXIT_COLUMNS`."""
+    return [
+        found["exits"],
+        f"{100 * found['loss']:g} points",
+        "" if found["threshold"] is None else f"{found['threshold']:.4f}",
+        ACCURACY.text(found["accuracy"]),
+        ACCURACY.text(found["full_accuracy"]),
+        f"{found['blocks']:.2f}",
+        str(found["full_blocks"]),
+        " ".join(f"{100 * share:.0f}" for share in found["shares"].values()),
+    ]

@@ -1,0 +1,113 @@
+"""Self-speculative decoding: what each draft and each number of drafted tokens comes to, against plain decoding.
+
+    python benchmarks/speculation.py RUN [RUN ...] --new-tokens 96 --num-draft-tokens 1 2 4 8 --out FILE
+
+The runs are folders of language models (``hbll train shakespeare-gpt``). Prompts are the beginnings of test sequences;
+drafts are the run's short paths and its stages' readouts. Each line is of one run, one draft and one number of drafted
+tokens: the share of them that was kept, the tokens a second of draft and verification together, those of plain decoding of
+the same prompts just before, and, of greedy decoding, how many of the sequences are the same to the last token. A sweep
+that was interrupted goes on where it stopped.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ledger
+import torch
+from torch import Tensor
+
+from hbll import Chain
+from hbll.generate import Generation, generate
+from hbll.network import Readout
+from hbll.train.device import device
+from hbll.train.evaluate import load_rule
+from hbll.train.run import open_run
+
+COLUMNS = ("run", "draft", "blocks", "drafted", "accepted", "tokens/s", "plain", "speed-up", "same")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--num-draft-tokens", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--drafts", nargs="+", help="names of paths and readouts (default: all)")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("speculation.jsonl"))
+    arguments = parser.parse_args()
+    done = {
+        (line["run"], line["draft"], line["num_draft_tokens"], line["temperature"])
+        for line in ledger.read(arguments.out)
+    }
+    for run in arguments.runs:
+        network, drafts, prompts = opened(run, arguments)
+        for draft in drafts:
+            for count in arguments.num_draft_tokens:
+                if (str(run), draft.name, count, arguments.temperature) not in done:
+                    line = swept(network, draft, count, prompts, arguments.new_tokens, arguments.temperature)
+                    ledger.append(arguments.out, {"run": str(run), **line})
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for line in ledger.read(arguments.out):
+        print("| " + " | ".join(row(line)) + " |")
+
+
+def opened(folder: Path, arguments: argparse.Namespace) -> tuple[Chain, list[Readout], Sequence[Tensor]]:
+    """A run's network, the drafts to try, and the prompts, (1, T) each."""
+    run = open_run(folder)
+    inputs = run.recipe.splits(arguments.data_dir or run.data_dir).test.inputs.to(device())
+    places = torch.linspace(0, len(inputs) - 1, arguments.prompts).long().tolist()
+    prompts = [inputs[place, None, : arguments.prompt_tokens] for place in places]
+    rule = load_rule(run).to(device()).eval()
+    rule.build(prompts[0])
+    _chain, *others = run.recipe.all_readouts(rule)
+    drafts = [run.recipe.other_readout(rule, name) for name in arguments.drafts] if arguments.drafts else others
+    return rule.network, drafts, prompts
+
+
+def swept(
+    network: Chain, draft: Readout, count: int, prompts: Sequence[Tensor], new_tokens: int, temperature: float
+) -> dict:
+    """What a draft of so many tokens comes to."""
+
+    def decoded(draft: Readout | None) -> Iterator[Generation]:
+        for seed, prompt in enumerate(prompts):
+            generator = torch.Generator(prompt.device).manual_seed(seed)
+            options = {"draft": draft, "num_draft_tokens": count, "temperature": temperature, "generator": generator}
+            yield generate(network, prompt, new_tokens, **options)
+
+    next(decoded(draft))  # warm
+    plain, found = list(decoded(None)), list(decoded(draft))
+    drafted = sum(generation.drafted for generation in found)
+    return {
+        "draft": draft.name,
+        "blocks": draft.blocks,
+        "num_draft_tokens": count,
+        "temperature": temperature,
+        "acceptance_rate": sum(generation.accepted for generation in found) / drafted,
+        "tokens_per_second": new_tokens * len(found) / sum(generation.seconds for generation in found),
+        "plain_tokens_per_second": new_tokens * len(plain) / sum(generation.seconds for generation in plain),
+        "same": sum(a.tokens.equal(b.tokens) for a, b in zip(plain, found, strict=True)) if temperature == 0 else None,
+        "prompts": len(prompts),
+    }
+
+
+def row(line: dict) -> list[str]:
+    """A line under ``COLUMNS``."""
+    ours, plain = line["tokens_per_second"], line["plain_tokens_per_second"]
+    same = "" if line["same"] is None else f"{line['same']} of {line['prompts']}"
+    cells = (
+        line["run"],
+        line["draft"],
+        line["blocks"],
+        line["num_draft_tokens"],
+        f"{100 * line['acceptance_rate']:.0f} %",
+    )
+    return [*map(str, cells), f"{ours:.0f}", f"{plain:.0f}", f"{ours / plain:.2f}", same]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Text that a run's language model goes on with."""
+
+from pathlib import Path
+
+import torch
+
+from hbll.generate import Generation, generate
+from hbll.network import PathLike
+from hbll.recipes import Recipe
+from hbll.rule import Rule
+from hbll.train.device import device
+from hbll.train.evaluate import load_rule
+from hbll.train.run import open_run
+
+
+def generate_run(
+    folder: Path,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    path: str | None = None,
+    draft: str | None = None,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    num_draft_tokens: int = 4,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> tuple[str, Generation]:
+    """The prompt and what a run's network says next, and what that took.
+
+    Args:
+        folder: of the run.
+        prompt: a text.
+        path, draft: names of readouts (`chain`, `4-6-7`, `stage-2`), or numbers of blocks (`3`).
+        seed: of the draws.
+        data_dir: of the text that the run was trained on, which has its vocabulary; None: the run's own.
+        max_new_tokens, num_draft_tokens, temperature, top_k: as of `hbll.generate.generate`.
+
+    Raises:
+        ValueError: `folder` holds no run of a language model, the prompt is empty or not of its vocabulary, or as of
+            `hbll.generate.generate`.
+    """
+    run = open_run(folder)
+    tokenizer = run.recipe.tokenizer(data_dir or run.data_dir)
+    rule = load_rule(run).to(device())
+    known = rule.network.embed.vocabulary
+    if len(tokenizer) != known:
+        raise ValueError(
+            f"the text has a vocabulary of {len(tokenizer)} tokens, and the network in {folder} one of {known}: take the "
+            "text that it was trained on"
+        )
+    if not prompt:
+        raise ValueError("there is nothing to go on from: give a prompt of one character at least")
+    tokens = torch.tensor([tokenizer.encode(prompt)], device=device())
+    rule.build(tokens)
+    generation = generate(
+        rule.network,
+        tokens,
+        max_new_tokens,
+        path=_way(run.recipe, rule, path),
+        draft=_way(run.recipe, rule, draft),
+        num_draft_tokens=num_draft_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        generator=torch.Generator(device()).manual_seed(seed),
+    )
+    return tokenizer.decode(generation.tokens[0].tolist()), generation
+
+
+def _way(recipe: Recipe, rule: Rule, name: str | None) -> PathLike:
+    if name is None:
+        return None
+    return int(name) if name.isdecimal() else recipe.other_readout(rule, name)
