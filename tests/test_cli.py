@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
     ("arguments", "said"),
     [
         ([], ["train", "evaluate", "compare", "report"]),
-        (["--help"], ["train", "evaluate", "compare", "report"]),
+        (["--help"], ["train", "evaluate", "compare", "report", "plan"]),
         (["train", "--help"], ["digits", "mnist-mlp"]),
         (["compare", "--help"], ["digits", "mnist-mlp"]),
         (["train", "digits", "--help"], ["--depth", "--method", "--rule", "greedy", "--optimizer", "--resume"]),
@@ -57,6 +57,7 @@ def trained(tmp_path_factory):
         (["evaluate", "--help"], ["--path", "--paths", "--exits", "--json"]),
         (["generate", "--help"], ["--prompt", "--draft", "--num-draft-tokens", "--temperature", "--seed"]),
         (["report", "--help"], ["FOLDER"]),
+        (["plan", "digits", "--help"], ["--devices", "--mbit", "--delay-ms", "--memory-mib", "--plot"]),
         (["sublinear", "--help"], ["bench", "fit"]),
         (["sublinear", "fit", "--help"], ["--data", "--target"]),
     ],
@@ -92,6 +93,12 @@ def test_help(hbll, arguments, said):
         ("train digits --epochs", "Missing value for argument '--epochs'. Expected 1 values."),
         ("train digits deep", "hbll train digits does not know what to do with deep"),
         ("train digits --train-samples 9999", "--train-samples 9999 is more than the 1437 there are"),
+        ("plan", f"hbll plan needs the name of a recipe first: {', '.join(RECIPES)}"),
+        ("plan digits --devices 0", "--devices must be at least 1, not 0"),
+        ("plan digits --mbit -1", "--mbit must be at least 0 and finite, not -1.0"),
+        ("plan digits --memory-mib 0", "--memory-mib must be above 0, not 0.0"),
+        ("plan digits --devises 2", "unknown option '--devises'; did you mean --devices?"),
+        ("plan char-rnn", "char-rnn has no chain of blocks that could be spread over devices"),
         ("sublinear", "hbll sublinear needs an action first: bench, fit"),
         ("sublinear bensh", "unknown action 'bensh'; did you mean bench?"),
         ("sublinear bench --widht 8", "unknown option '--widht'; did you mean --width?"),
@@ -330,6 +337,40 @@ def test_a_run_that_diverges_names_the_place(hbll):
     assert (code, out) == (2, "")
     assert re.search(r"NaN or infinite in step 2 of epoch 1, first at block \d; the last good checkpoint is kept", err)
     assert hbll("evaluate", "run", "--json")[0] == 0
+
+
+def test_plan_says_what_is_the_fastest_and_draws_how_it_grows(hbll, monkeypatch):
+    monkeypatch.setattr(cli, "GROWN", (1, 4, 16))
+    arguments = [
+        "plan",
+        "digits",
+        "--blocks",
+        "4",
+        "--width",
+        "8",
+        "--batch-size",
+        "2",
+        "--devices",
+        "4",
+        "--plot",
+        "own.svg",
+    ]
+    code, out, err = hbll(*arguments)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split()[:2] == ["scheme", "micro-batches"]
+    assert {line.split()[0] for line in lines[1 : lines.index("")]} >= {"bp", "stream", "greedy", "paper", "tree"}
+    said = lines[lines.index("") + 1 :]
+    assert said[0].startswith("The fastest of what fits is ")
+    assert "DDP cannot be: a batch of 2 cannot be split over 4 devices." in said
+    assert said[-1] == "plot: own.svg"
+    assert Path("own.svg").read_text().startswith("<svg")
+
+    code, out, err = hbll(*arguments, "--memory-mib", "0.0001", "--json")
+    found = json.loads(out)
+    assert (code, err, found["best"]) == (0, "", None)
+    assert found["reasons"][0].startswith("Nothing fits: ")
+    assert [n for n, _ in found["growth"]["greedy"]] == [2, 5, 17]
 
 
 def test_report_says_where_the_page_is(hbll, trained):

@@ -32,6 +32,9 @@ RecipeT = TypeVar("RecipeT", bound="Recipe")
 
 RUNS = Path("runs")
 
+GROWN = tuple(4**k for k in range(6))
+"""The numbers of devices that a plan's plot grows by."""
+
 ALIASES = {"method": "--rule", "methods": "--rules"}
 """Other spellings of options."""
 
@@ -284,7 +287,7 @@ def plan(arguments: Sequence[str]) -> None:
     memory = None if options.memory_mib is None else options.memory_mib * 2**20
     found = planning.make_plan(costs, options.recipe.batch_size, options.devices, network, memory)
     each = -(-len(costs.blocks) // options.devices)
-    curves = dict(planning.growth(costs, options.recipe.batch_size, network, each, [4**k for k in range(6)]))
+    curves = dict(planning.growth(costs, options.recipe.batch_size, network, each, GROWN))
     page = options.plot or RUNS / f"{recipe.name}-plan-{_now()}.svg"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(page, growing(curves))

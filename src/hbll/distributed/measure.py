@@ -76,6 +76,7 @@ class _Calls:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             self.output = call()
+        saved.pop(self.output.untyped_storage().data_ptr(), None)  # which counts as the input of what comes next
         self.graph, self.state = sum(saved.values()), self.output.nbytes
         given = [state] if state is not None and state.requires_grad else []
 
