@@ -166,8 +166,8 @@ def test_messages_and_bytes_of_a_step():
 
 
 def test_messages_of_a_tree_of_three_blocks_on_three_devices():
-    """z_0 to node 2, its prior to the head, the gradient back; node 1's prior to block 2, the gradient back; node 2's boundary
-    to node 3; the gradient of z_0 from node 2."""
+    """z_0 to node 2, its prior to the head, the gradient back; node 1's prior to block 2, the gradient back; the boundary of
+    node 2 to node 3; the gradient of z_0 from node 2."""
     assert estimate(by_tree(equal(3), 1, 3, posterior=True), FREE).messages == 7
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.networks import BATCH, TOKENS, WIDTH, masked, residual, transformer
 from torch import nn
 
 from hbll import Chain, make_rule
@@ -10,7 +11,6 @@ from hbll.distributed.measure import measured_costs
 from hbll.distributed.simulate import Network
 from hbll.losses import cross_entropy
 from hbll.train.memory import step_memory
-from tests.networks import BATCH, TOKENS, WIDTH, masked, residual, transformer
 
 
 def measured(network, x, y):
