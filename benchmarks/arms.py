@@ -5,7 +5,7 @@ function of a configuration that returns an ``Arm``, or one sentence that says w
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hbll
 from hbll.data.text import CHARACTERS
 from hbll.distributed import Worker, schedules
+from hbll.distributed.diloco import DiLoCo
 from hbll.distributed.simulate import Op
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
 
@@ -317,60 +318,35 @@ def two_versions(config: Config, micros: int) -> Arm | str:
     return Arm(stage.run, stage.check)
 
 
-class DiLoCo:
-    """Local steps, and now and then an outer step of Nesterov's along the mean of how far the replicas have come
-    (Douillard et al., arXiv 2311.08105).
-
-    Args:
-        rate, momentum: of the outer steps.
-    """
-
-    def __init__(self, config: Config, rate: float = 0.7, momentum: float = 0.9) -> None:
-        self.config = config
-        self.network = config.network()
-        self.x, self.y = config.share()
-        self.inner = config.optimizer(self.network.parameters())
-        self.anchor = [p.detach().clone() for p in self.network.parameters()]
-        self.outer = torch.optim.SGD(self.anchor, lr=rate, momentum=momentum, nesterov=momentum > 0)
-
-    def local(self) -> None:
-        self.inner.zero_grad()
-        loss_of(self.network(self.x), self.y).backward()
-        self.inner.step()
-
-    def meet(self) -> None:
-        parameters = [p.detach() for p in self.network.parameters()]
-        moved = torch.cat([(a - p).flatten() for a, p in zip(self.anchor, parameters, strict=True)])
-        dist.all_reduce(moved)
-        pieces = (moved / self.config.world).split([p.numel() for p in parameters])
-        for anchor, piece in zip(self.anchor, pieces, strict=True):
-            anchor.grad = piece.view_as(anchor)
-        self.outer.step()
-        for parameter, anchor in zip(parameters, self.anchor, strict=True):
-            parameter.copy_(anchor)
-
-
 def diloco(config: Config, every: int) -> Arm | str:
     """DiLoCo, whose replicas meet every so many steps."""
     if config.world < 2:
         return "replicas need two processes"
     if config.batch % config.world:
         return f"a batch of {config.batch} cannot be split over {config.world} processes"
-    trained = DiLoCo(config)
+    network = config.network()
+    x, y = config.share()
+    inner = config.optimizer(network.parameters())
+    outer = DiLoCo(network.parameters(), every=every)
+
+    def local() -> None:
+        inner.zero_grad()
+        loss_of(network(x), y).backward()
+        inner.step()
 
     def check() -> float:
         """Replicas that meet after every step, without momentum, take that of plain gradient descent."""
-        one = DiLoCo(replace(config, plain=True), rate=1.0, momentum=0.0)
-        before = [p.detach().clone() for p in one.network.parameters()]
-        one.local()
-        one.meet()
+        before = [p.detach().clone() for p in network.parameters()]
+        plain = DiLoCo(network.parameters(), every=1, learning_rate=1.0, momentum=0.0)
+        local()
+        plain.step()
         moved = {
             name: (old - new.detach()) / 0.1
-            for old, (name, new) in zip(before, one.network.named_parameters(), strict=True)
+            for old, (name, new) in zip(before, network.named_parameters(), strict=True)
         }
         return difference(moved, exact_gradients(config), config)
 
-    return Arm(repeated(trained.local), check, trained.meet, every)
+    return Arm(repeated(local), check, outer.meet, every)
 
 
 def local_stages(config: Config, name: str, wire: torch.dtype | None = None, **options: Any) -> Arm | str:

@@ -6,12 +6,14 @@
     python benchmarks/parallel.py accounting
 
 `rivals` trains a GPT of 7 blocks on batches of 128 characters, in two processes of a thread each, which it starts itself
-unless RANK and WORLD_SIZE are set (torchrun, two hosts). Every way is first checked against plain backpropagation, in
-float64; if one is wrong, there is no table. All are then timed in turn, several rounds, from a barrier to the end of the
-last process; the median round counts. Bytes are those that the network interface sent, of all processes; on the loopback
-whatever else runs on the machine is among them. `emulate` runs schedules with sleeps in place of arithmetic and everything
-else as it is, beside their simulation. `accounting` prints the work that each scheme leaves to its busiest device, in units
-of one device's, from the cost model. Needs torch, numpy and safetensors alone.
+unless RANK and WORLD_SIZE are set (torchrun, two hosts). Every way is first checked against plain backpropagation, or the
+same stages in one process, in float64; if one is wrong, there is no table. All are then timed in turn, several rounds, from
+a barrier to the end of the last process; the median round counts. Bytes are those that the network interface sent, of all
+processes; on the loopback whatever else runs on the machine is among them. `emulate` has processes sleep in place of
+arithmetic, everything else being as it is, beside the simulation: stages that learn by themselves are trained by workers,
+with their links, copies and refreshes; of the others the schedule's operations are run with messages of their size.
+`accounting` prints the time that each scheme takes on equal stages, in units of one device's, from the cost model. Needs
+torch, numpy and safetensors alone.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import ledger
 import processes
+import sleeping
 import torch
 import torch.distributed as dist
 from arms import ARMS, Arm, Config
@@ -46,7 +49,7 @@ from hbll.distributed.cost import (
     equal,
     estimate,
 )
-from hbll.distributed.simulate import Network, Op, period, simulate
+from hbll.distributed.simulate import Network, Op, Span, period, simulate
 
 TOLERANCE = 1e-9
 """The largest difference from plain backpropagation that passes, in float64."""
@@ -150,14 +153,19 @@ Scheme = Callable[[int, int], Priced]
 EMULATED: dict[str, Scheme] = {
     "bp": lambda blocks, devices: by_pipeline(equal(blocks), 1, devices, 1),
     "stream": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices),
+    "stream, one jump": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, "last"),
     "greedy": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, "head"),
+    "solo": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, "solo"),
     "1F1B": lambda blocks, devices: by_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
     "ZBV": lambda blocks, devices: by_zero_bubble(equal(blocks), 2 * devices, devices, 2 * devices),
     "2BW": lambda blocks, devices: by_late_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
     "paper": lambda blocks, devices: by_tree(equal(blocks), 1, devices, posterior=True),
     "tree": lambda blocks, devices: by_tree(equal(blocks), 1, devices, posterior=False),
 }
-"""On a batch that counts as one sample, or as one for each micro-batch. A sample's state is one."""
+"""On a batch that counts as one sample, or as one for each micro-batch."""
+
+BY_WORKERS = ("stream", "stream, one jump", "greedy", "solo")
+"""Those that are emulated by ``hbll.distributed.Worker`` with blocks that sleep; of the others the schedule's operations."""
 
 
 def emulate(options: argparse.Namespace) -> None:
@@ -168,17 +176,16 @@ def emulate(options: argparse.Namespace) -> None:
     for name in options.schemes:
         priced = EMULATED[name](options.blocks * world, world)
         steps, micros = priced.schedule.steps, priced.micros
-        result = torch.zeros(-(-options.state_bytes // micros), dtype=torch.uint8)
 
         def seconds(op: Op, priced: Priced = priced) -> float:
             return options.block_seconds / priced.micros * priced.seconds(op)
 
-        def perform(op: Op, _: object, seconds: Callable[[Op], float] = seconds, result: Tensor = result) -> Tensor:
-            time.sleep(seconds(op))
-            return result
-
         dist.barrier()
-        times = processes.execute(priced.schedule, rank, perform, lambda op, r=result: torch.empty_like(r))
+        if name in BY_WORKERS:
+            each = options.block_seconds
+            times = sleeping.train(name, priced.sizes, each, options.state_bytes, steps, options.refresh)
+        else:
+            times = by_schedule(priced, rank, seconds, options.state_bytes // micros)
         found = period(processes.gathered(times, world), steps)
         row = {"scheme": name, "stages": world, "blocks": options.blocks * world, "micros": micros, "emulated": found}
         rows.append(row | {"simulated": period(simulate(priced.schedule, seconds), steps)})
@@ -192,6 +199,17 @@ def emulate(options: argparse.Namespace) -> None:
                 ledger.append(options.out, row | {"memory": held, "block_seconds": options.block_seconds})
     dist.barrier()
     processes.leave()
+
+
+def by_schedule(priced: Priced, rank: int, seconds: Callable[[Op], float], state_bytes: int) -> dict[Op, Span]:
+    """Runs the operations of this process, each of which sleeps."""
+    result = torch.zeros(state_bytes, dtype=torch.uint8)
+
+    def perform(op: Op, _: object) -> Tensor:
+        time.sleep(seconds(op))
+        return result
+
+    return processes.execute(priced.schedule, rank, perform, lambda op: torch.empty_like(result))
 
 
 def start_emulation(options: argparse.Namespace) -> int:
@@ -227,7 +245,7 @@ def account() -> dict[str, list[str]]:
         "2BW": [split(by_late_pipeline, p) for p in COLUMNS],
         **{
             f"{name}, {blocks} blocks": [f"{share(by_local_stages(equal(blocks), 1, p, kind)):.2f}" for p in COLUMNS]
-            for name, kind in (("stream", "spine"), ("greedy", "head"), ("solo", "solo"))
+            for name, kind in (("stream", "spine"), ("stream, one jump", "last"), ("greedy", "head"), ("solo", "solo"))
             for blocks in CHAINS
         },
     }
@@ -282,6 +300,7 @@ def main() -> int:
     emulation.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     emulation.add_argument("--blocks", type=int, default=2, help="of every stage")
     emulation.add_argument("--state-bytes", type=int, default=2**17, help="of a message")
+    emulation.add_argument("--refresh", type=int, help="steps after which copies are refreshed; never unless given")
     emulation.add_argument("--schemes", nargs="+", choices=list(EMULATED), default=list(EMULATED))
     emulation.add_argument("--out", type=Path, help="file for the rows, a JSON object a line")
     commands.add_parser("accounting")

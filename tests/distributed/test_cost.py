@@ -91,6 +91,7 @@ def test_heads_alone_leave_every_device_its_share(blocks, devices):
     ("name", "options", "build"),
     [
         ("stream", {"copies": True}, lambda c, p: by_local_stages(c, 1, p)),
+        ("stream", {"copies": True, "spine": "last"}, lambda c, p: by_local_stages(c, 1, p, "last")),
         ("greedy", {}, lambda c, p: by_local_stages(c, 1, p, "head")),
         ("solo", {}, lambda c, p: by_local_stages(c, 1, p, "solo")),
         ("bp", {}, lambda c, p: by_pipeline(c, 1, p, 1)),
@@ -182,15 +183,15 @@ def test_memory_of_the_fullest_device():
     assert first.memory == state[4] + 4 * 16 / 8 * 2 * 10  # as many micro-batches as devices
     late = estimate(by_late_pipeline(costs, 16, 4, 8), FREE)
     assert late.memory == first.memory + 2 * 100 + 8
-    last = 4 * (2 * 100 + 16)
+    inner = 4 * (2 * 100 + 16)  # a stage in the middle, which has room for messages on both sides
     greedy = estimate(by_local_stages(costs, 16, 4, "head", in_flight=3), FREE)
     assert greedy.sizes == (2, 2, 2, 2)
-    assert greedy.memory == last + 16 * (2 * 10 + 2) + 3 * 16 * (4 + 1)
+    assert greedy.memory == inner + 16 * (2 * 10 + 2) + 2 * 3 * 16 * (4 + 1)
     data = estimate(by_data(costs, 16, 4, FREE), FREE).memory
     assert data == 4 * (800 + 24) + held / 4 + 4 * 2
 
 
-@pytest.mark.parametrize("readout", [None, "head", "spine", "solo"])
+@pytest.mark.parametrize("readout", [None, "head", "spine", "last", "solo"])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_stages_are_cut_so_that_the_slowest_is_as_fast_as_can_be(stages, readout):
     costs = equal(9)
@@ -199,7 +200,13 @@ def test_stages_are_cut_so_that_the_slowest_is_as_fast_as_can_be(stages, readout
         tree = Tree(stages + 1)
         found = []
         for s, size in enumerate(sizes, 1):
-            copies = {None: 0, "head": 0, "solo": 2 * (s < stages), "spine": len(spine(s, tree, "doubling"))}[readout]
+            copies = {
+                None: 0,
+                "head": 0,
+                "solo": 2 * (s < stages),
+                "last": s < stages,
+                "spine": len(spine(s, tree, "doubling")),
+            }[readout]
             found.append(3 * (size + copies) - (readout is not None and s > 1))
         return max(found)
 

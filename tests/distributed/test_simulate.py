@@ -39,16 +39,20 @@ def test_a_result_goes_to_each_device_once():
     assert messages(schedule) == {A: (1, 2)}
 
 
+@pytest.mark.parametrize("delay", [0, 2])
 @pytest.mark.parametrize("bound", [1, 2, 3])
-def test_a_sender_waits_until_fewer_messages_than_the_bound_are_to_be_taken(bound):
+def test_a_sender_waits_until_fewer_messages_than_the_bound_are_to_be_taken(bound, delay):
     """The taker needs ten times as long: the sender is ahead by as many as may wait, and the one that it has ready."""
     fast, slow = ([Op(kind, 0, number) for number in range(20)] for kind in "FB")
     schedule = Schedule((tuple(fast), tuple(slow)), {b: (f,) for f, b in zip(fast, slow, strict=True)})
-    times = simulate(schedule, lambda op: 1.0 if op.kind == "F" else 10.0, network=Network(in_flight=bound))
+    times = simulate(
+        schedule, lambda op: 1.0 if op.kind == "F" else 10.0, network=Network(delay=delay, in_flight=bound)
+    )
     for number in range(bound + 1, 20):
-        # The sender goes on when the message that was in the way is taken.
-        assert times[fast[number]].start == max(times[fast[number - 1]].end, times[slow[number - 1 - bound]].start)
-    assert [times[b].start for b in slow] == [1 + 10 * number for number in range(20)]
+        # The sender goes on when it hears that the message that was in the way is taken.
+        heard = times[slow[number - 1 - bound]].start + delay
+        assert times[fast[number]].start == max(times[fast[number - 1]].end, heard)
+    assert [times[b].start for b in slow] == [1 + delay + 10 * number for number in range(20)]
 
 
 def test_what_waits_for_itself_is_told():

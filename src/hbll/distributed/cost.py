@@ -45,10 +45,16 @@ __all__ = [
     "step_seconds",
 ]
 
-ReadoutKind: TypeAlias = Literal["spine", "head", "solo"]
-"""As of ``hbll.rules.Stream``: copies of the last blocks 1, 3, 7, .. stages on; a head alone; two blocks of its own."""
+ReadoutKind: TypeAlias = Literal["spine", "last", "head", "solo"]
+"""As of ``hbll.rules.Stream``: copies of the last blocks 1, 3, 7, .. stages on (``spine="doubling"``), or of the last one
+alone; a head alone; two blocks of its own."""
 
-SCHEMES: Mapping[ReadoutKind, str] = {"spine": "stream", "head": "greedy", "solo": "solo"}
+SCHEMES: Mapping[ReadoutKind, str] = {
+    "spine": "stream",
+    "last": "stream, one jump",
+    "head": "greedy",
+    "solo": "solo",
+}
 """What the rules of these readouts are called."""
 
 STEPS = 3
@@ -336,7 +342,7 @@ def by_local_stages(
     Args:
         readout: the readouts.
         wire: bytes of a state on the wire, of its own: a half in bfloat16.
-        in_flight: states that may be under way to a stage, or wait there.
+        in_flight: buffers at either end of a link, as of ``Worker``.
 
     Raises:
         ValueError: there are fewer blocks than devices, or states change shape and readouts have blocks.
@@ -352,7 +358,8 @@ def by_local_stages(
     both = [(*parts, *copy) for parts, copy in zip(stages, copies, strict=True)]
     graphs = [batch * _graph(parts) for parts in both]
     updates = [costs.update * _parameters(parts) for parts in both]
-    waiting = [0.0, *(in_flight * batch * (_output(parts) + costs.labels) for parts in stages[:-1])]
+    crossing = [batch * (wire * _output(parts) + costs.labels) for parts in stages[:-1]]
+    buffers = [in_flight * (before + after) for before, after in zip([0.0, *crossing], [*crossing, 0.0], strict=True)]
 
     def seconds(op: Op) -> float:
         return {"F": inner, "B": back, "U": updates}[op.kind][op.stage]
@@ -370,13 +377,13 @@ def by_local_stages(
         SCHEMES[readout],
         schedules.pipelined(devices, LOCAL_STEPS),
         seconds,
-        lambda op: batch * (wire * _output(stages[op.stage]) + costs.labels),
+        lambda op: crossing[op.stage],
         chain,
         held,
-        [_resident(costs, parts) + inputs for parts, inputs in zip(both, waiting, strict=True)],
+        [_resident(costs, parts) + room for parts, room in zip(both, buffers, strict=True)],
         sizes,
         across=False,
-        in_flight=in_flight,
+        in_flight=2 * in_flight,
     )
 
 
@@ -390,6 +397,8 @@ def _passed(costs: Costs, readout: ReadoutKind, stage: int, stages: int, ends: M
         return ()
     if readout == "solo":
         return costs.blocks[:2]
+    if readout == "last":
+        return costs.blocks[-1:]
     return [costs.blocks[ends[later] - 1] for later in _spines(stages)[stage - 1]]
 
 

@@ -31,6 +31,7 @@ Build = Callable[[Costs, int, int, int, Network], Priced]
 WHOLE: dict[str, Build] = {
     "DDP": lambda costs, batch, devices, micros, network: by_data(costs, batch, devices, network),
     "stream": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices),
+    "stream, one jump": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices, "last"),
     "greedy": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices, "head"),
     "solo": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices, "solo"),
     "paper": lambda costs, batch, devices, micros, network: by_tree(costs, batch, devices, posterior=True),

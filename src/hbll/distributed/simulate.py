@@ -51,7 +51,8 @@ class Network:
     delay: float = 0.0
     """Seconds from the end of sending to arrival."""
     in_flight: int | None = None
-    """Messages from one device to another that may be waiting to be taken; a sender that has reached it waits. None: any."""
+    """Messages from one device to another that may wait to be taken; a sender that has reached it waits until it hears, a delay
+    later, that one was. None: any."""
 
 
 class Span(NamedTuple):
@@ -130,7 +131,7 @@ def simulate(
         times[op] = Span(start, end)
         for receiver in receivers.get(op, ()):
             full = blocking(device, receiver)
-            free[device] = max(free[device], taken[full]) if full else free[device]
+            free[device] = max(free[device], taken[full] + network.delay) if full else free[device]
             port[device] = max(free[device], port[device]) + size(op) / network.bandwidth
             arrived[op, receiver] = port[device] + network.delay
             sent[device, receiver].append(op)
