@@ -1,7 +1,7 @@
 """Seconds of a training step in several processes: measured, emulated, simulated.
 
     python benchmarks/parallel.py rivals --widths 128 256 --batches 1 4 16 [--arms ..] [--out rivals.jsonl]
-    slow_link.py --mbit 100 --delay-ms 20 -- python benchmarks/parallel.py rivals --link "100 Mbit, 20 ms"
+    python benchmarks/parallel.py rivals --mbit 100 --delay-ms 20    # on each of two hosts, RANK and all else being set
     python benchmarks/parallel.py emulate --block-seconds 0.02 --stages 2 4 8 16 32
     python benchmarks/parallel.py accounting
 
@@ -9,14 +9,17 @@
 unless RANK and WORLD_SIZE are set (torchrun, two hosts). Every way is first checked against plain backpropagation, or the
 same stages in one process, in float64; if one is wrong, there is no table. All are then timed in turn, several rounds, from
 a barrier to the end of the last process; the median round counts. Bytes are those that the network interface sent, of all
-processes; on the loopback whatever else runs on the machine is among them. `emulate` has processes sleep in place of
-arithmetic, everything else being as it is, beside the simulation: stages that learn by themselves are trained by workers,
-with their links, copies and refreshes; of the others the schedule's operations are run with messages of their size.
-`accounting` prints the time that each scheme takes on equal stages, in units of one device's, from the cost model. Needs
-torch, numpy and safetensors alone.
+processes; on the loopback whatever else runs on the machine is among them. Beside them is what the simulation makes of the
+costs of the network's parts, measured in the first process alone, and of the link that --mbit and --delay-ms name.
+
+`emulate` has processes sleep in place of arithmetic, everything else being as it is, beside the simulation: stages that learn
+by themselves are trained by workers, with their links, copies and refreshes; of the others the schedule's operations are run
+with messages of their size. `accounting` prints the time that each scheme takes on equal stages, in units of one device's,
+from the cost model. Needs torch, numpy and safetensors alone.
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import shlex
@@ -37,6 +40,7 @@ from arms import ARMS, Arm, Config
 from torch import Tensor
 
 from hbll.distributed.cost import (
+    Costs,
     Estimate,
     Priced,
     by_backpropagation,
@@ -48,8 +52,11 @@ from hbll.distributed.cost import (
     by_zero_bubble,
     equal,
     estimate,
+    step_seconds,
 )
+from hbll.distributed.measure import measured_costs
 from hbll.distributed.simulate import Network, Op, Span, period, simulate
+from hbll.losses import cross_entropy
 
 TOLERANCE = 1e-9
 """The largest difference from plain backpropagation that passes, in float64."""
@@ -66,7 +73,7 @@ def rivals(options: argparse.Namespace) -> None:
             gate(config, options.arms)
             rows += compare(config, options)
     if rank == 0:
-        print(f"{header()}\nLink: {options.link}; {world} processes.\n")
+        print(f"{header()}\nLink: {link_name(options)}; {world} processes.\n")
         print(rivals_table(rows), flush=True)
         if options.out:
             for row in rows:
@@ -88,6 +95,7 @@ def gate(config: Config, names: Sequence[str]) -> None:
 
 def compare(config: Config, options: argparse.Namespace) -> list[dict]:
     """A row for each way: seconds of a step, bytes of a step."""
+    predicted = predictions(config, options) if config.rank == 0 else {}
     built = {name: ARMS[name](config) for name in options.arms}
     found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in built}
     for number in range(options.rounds + 1):
@@ -102,13 +110,62 @@ def compare(config: Config, options: argparse.Namespace) -> list[dict]:
                     found[name].append(each)
     rows = []
     for name, arm in built.items():
-        row = {"arm": name, "width": config.width, "batch": config.batch, "blocks": config.blocks, "link": options.link}
+        row = {"arm": name, "width": config.width, "batch": config.batch, "blocks": config.blocks}
+        row |= {"link": link_name(options), "simulated": predicted.get(name)}
         if isinstance(arm, str):
             rows.append(row | {"refused": arm})
         else:
             seconds, sent = zip(*found[name], strict=True)
             rows.append(row | {"seconds": statistics.median(seconds), "rounds": seconds, "bytes": sent[-1]})
     return rows
+
+
+def link_name(options: argparse.Namespace) -> str:
+    return f"{options.mbit:g} Mbit, {options.delay_ms:g} ms" if options.mbit else "loopback"
+
+
+def asking(priced: Priced) -> Priced:
+    """As torch's pipelines run: a message is asked for when the operation that needs it is next."""
+    return replace(priced, asked=True)
+
+
+Predict = Callable[[Costs, int, int, Network], Priced]
+"""Of costs, batch, processes and the network between them."""
+
+PREDICTED: dict[str, Predict] = {
+    "bp": lambda costs, batch, world, network: by_backpropagation(costs, batch),
+    "DDP": by_data,
+    **{
+        f"1F1B, m = {m}": lambda costs, batch, world, _, m=m: asking(by_pipeline(costs, batch, world, m))
+        for m in (2, 4, 8)
+    },
+    **{
+        f"ZBV, m = {m}": lambda costs, batch, world, _, m=m: asking(by_zero_bubble(costs, batch, world, m))
+        for m in (2, 4, 8)
+    },
+    **{
+        f"2BW, m = {m}": lambda costs, batch, world, _, m=m: by_late_pipeline(costs, batch, world, m) for m in (2, 4, 8)
+    },
+    "stream": lambda costs, batch, world, _: by_local_stages(costs, batch, world),
+    "stream, bf16 on the link": lambda costs, batch, world, _: by_local_stages(costs, batch, world, wire=0.5),
+    "solo, R = 16": lambda costs, batch, world, _: by_local_stages(costs, batch, world, "solo"),
+    "greedy": lambda costs, batch, world, _: by_local_stages(costs, batch, world, "head"),
+}
+"""The arms that the cost model knows."""
+
+
+def predictions(config: Config, options: argparse.Namespace) -> dict[str, float]:
+    """Simulated seconds a step of the arms that there can be."""
+    network = config.network()
+    x, y = config.data()
+    costs = measured_costs(network, x, y, cross_entropy, lambda: [config.optimizer(network.parameters())])
+    between = Network(options.mbit * 1e6 / 8 or float("inf"), options.delay_ms / 1e3)
+    found = {}
+    for name in options.arms:
+        if name in PREDICTED:
+            with contextlib.suppress(ValueError):  # which says what the arm says too
+                found[name] = step_seconds(PREDICTED[name](costs, config.batch, config.world, between), between)
+    return found
 
 
 def timed(work: Callable[[], None], steps: int, config: Config) -> tuple[float, float | None]:
@@ -133,17 +190,22 @@ def shared_interface() -> bool:
 
 def rivals_table(rows: Sequence[dict]) -> str:
     """In Markdown, each row beside one process's backpropagation."""
-    lines = ["| width | batch | | seconds a step | samples a second, bp = 1 | MB a step |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| width | batch | | seconds a step | samples a second, bp = 1 | MB a step | simulated s | off |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     alone = {(r["width"], r["batch"]): r["seconds"] for r in rows if r["arm"] == "bp"}
     for row in rows:
         start = f"| {row['width']} | {row['batch']} | {row['arm']} |"
         if "refused" in row:
-            lines.append(f"{start} {row['refused']} | | |")
+            lines.append(f"{start} {row['refused']} | | | | |")
             continue
         base = alone.get((row["width"], row["batch"]))
         ratio = f"{base / row['seconds']:.2f}" if base else ""
         sent = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}"
-        lines.append(f"{start} {row['seconds']:.4f} | {ratio} | {sent} |")
+        expected = row["simulated"]
+        model = f"{expected:.4f} | {100 * (expected / row['seconds'] - 1):+.0f} %" if expected else " | "
+        lines.append(f"{start} {row['seconds']:.4f} | {ratio} | {sent} | {model} |")
     return "\n".join(lines)
 
 
@@ -288,10 +350,13 @@ def main() -> int:
     timing.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     timing.add_argument("--blocks", type=int, default=7)
     timing.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    timing.add_argument("--steps", type=int, default=10, help="of a round")
+    timing.add_argument("--steps", type=int, default=10, help="of a round, in which pipelines fill once")
     timing.add_argument("--rounds", type=int, default=3)
     timing.add_argument("--processes", type=int, default=2)
-    timing.add_argument("--link", default="loopback", help="what the table calls it")
+    timing.add_argument(
+        "--mbit", type=float, default=0, help="of the link, for the simulation and the table; 0: loopback"
+    )
+    timing.add_argument("--delay-ms", type=float, default=0, help="of the link, one way")
     timing.add_argument("--out", type=Path, help="file for the rows, a JSON object a line")
     emulation = commands.add_parser("emulate")
     emulation.add_argument(

@@ -55,6 +55,16 @@ def test_a_sender_waits_until_fewer_messages_than_the_bound_are_to_be_taken(boun
     assert [times[b].start for b in slow] == [1 + delay + 10 * number for number in range(20)]
 
 
+def test_a_message_that_is_asked_for_late_leaves_late():
+    busy = Op("F", 9)
+    schedule = Schedule(((A,), (busy, B)), {B: (A,)})
+    late = Network(bandwidth=4, delay=0.5, asked=True)
+    assert simulate(schedule, duration, lambda op: 8, late)[B].start == 10 + 0.5 + 8 / 4 + 0.5
+    assert simulate(schedule, duration, lambda op: 8, Network(bandwidth=4, delay=0.5))[B].start == 10
+    early = Schedule(((busy,), (B,)), {B: (busy,)})  # which asks while the sender is at work
+    assert simulate(early, duration, lambda op: 8, late)[B].start == 10 + 8 / 4 + 0.5
+
+
 def test_what_waits_for_itself_is_told():
     with pytest.raises(ValueError, match="device 0 waits for ever before Op"):
         simulate(Schedule(((A,), (B,)), {A: (B,), B: (A,)}), duration)

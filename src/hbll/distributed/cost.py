@@ -165,6 +165,8 @@ class Priced:
     replicas: int = 1
     in_flight: int | None = None
     """States that may be under way from one device to the next, or wait there."""
+    asked: bool = False
+    """Whether messages are asked for no sooner than they are needed."""
     reduced: tuple[int, float] | None = None
     """Messages of all devices, and bytes that each sends, where the schedule is that of one replica among others: its
     operations ``R`` are priced as messages, and what it shows crosses no network."""
@@ -203,7 +205,7 @@ def step_seconds(priced: Priced, network: Network) -> float:
 
 
 def _timeline(priced: Priced, network: Network) -> Timeline:
-    crossed = Network() if priced.reduced else replace(network, in_flight=priced.in_flight)
+    crossed = Network() if priced.reduced else replace(network, in_flight=priced.in_flight, asked=priced.asked)
     return simulate(priced.schedule, priced.seconds, priced.size, crossed)
 
 

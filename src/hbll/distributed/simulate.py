@@ -51,8 +51,11 @@ class Network:
     delay: float = 0.0
     """Seconds from the end of sending to arrival."""
     in_flight: int | None = None
-    """Messages from one device to another that may wait to be taken; a sender that has reached it waits until it hears, a delay
-    later, that one was. None: any."""
+    """Messages from one device to another that may wait to be taken; a sender that has reached it goes on when it hears, a
+    delay later, that one was. None: any."""
+    asked: bool = False
+    """Whether a device asks for a message only when it gets to the operation that needs it, so that it leaves no sooner than
+    the sender hears of that, as it is with torch's pipelines; else room for it has been made before."""
 
 
 class Span(NamedTuple):
@@ -121,10 +124,17 @@ def simulate(
             return None
         return before[len(before) - network.in_flight], receiver
 
+    def arrival(op: Op, receiver: int) -> float:
+        """When a message is there that its receiver has got to."""
+        if network.asked and (op, receiver) not in taken:
+            heard = free[receiver] + network.delay
+            return max(arrived[op, receiver], heard + size(op) / network.bandwidth + network.delay)
+        return arrived[op, receiver]
+
     def run(device: int, op: Op) -> list[Op | tuple[Op, int]]:
         """What has happened by it."""
         needs = schedule.needs.get(op, ())
-        start = max([free[device], *(arrived[n, device] if owner[n] != device else times[n].end for n in needs)])
+        start = max([free[device], *(arrival(n, device) if owner[n] != device else times[n].end for n in needs)])
         first = [(n, device) for n in needs if owner[n] != device and (n, device) not in taken]
         taken.update(dict.fromkeys(first, start))
         end = free[device] = start + seconds(op)
