@@ -12,10 +12,10 @@ a barrier to the end of the last process; the median round counts. Bytes are tho
 processes; on the loopback whatever else runs on the machine is among them. Beside them is what the simulation makes of the
 costs of the network's parts, measured in the first process alone, and of the link that --mbit and --delay-ms name.
 
-`emulate` has processes sleep in place of arithmetic, everything else being as it is, beside the simulation: stages that learn
-by themselves are trained by workers, with their links, copies and refreshes; of the others the schedule's operations are run
-with messages of their size. `accounting` prints the time that each scheme takes on equal stages, in units of one device's,
-from the cost model. Needs torch, numpy and safetensors alone.
+`emulate` has processes sleep in place of arithmetic, everything else being as it is, beside the simulation: stages that
+learn by themselves are trained by workers, with their links, copies and refreshes; of the others the schedule's operations
+are run with messages of their size. `accounting` prints the time that each scheme takes on equal stages, in units of one
+device's, from the cost model. Needs torch, numpy and safetensors alone.
 """
 
 import argparse

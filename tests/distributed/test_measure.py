@@ -51,6 +51,19 @@ def test_memory_is_about_that_of_a_step():
     assert found == pytest.approx(step_memory(make_rule("bp", network), x, y), rel=0.25)
 
 
+def test_a_batch_counts_without_the_data_set_it_is_cut_from():
+    torch.manual_seed(0)
+    network = Chain(nn.Linear(8, 4), [nn.Linear(4, 4)], nn.Linear(4, 4))
+    whole = torch.randn(1000, 8)
+    assert measured(network, whole[:4], torch.randint(4, (4,))).embed.graph == 8 * 4
+
+
+def test_batch_norms_have_the_samples_that_they_need():
+    torch.manual_seed(0)
+    network = Chain(nn.Linear(8, 4), [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))], nn.Linear(4, 4))
+    assert measured(network, torch.randn(4, 8), torch.randint(4, (4,))).blocks[0].forward.at(4) > 0
+
+
 def test_frozen_parts_are_not_walked_back():
     network, x, y = residual(4)
     network.embed.requires_grad_(False)

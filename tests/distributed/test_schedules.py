@@ -35,7 +35,6 @@ def run_by_torch(rank, stages, micros):
     stage.forward_one_chunk.side_effect = lambda micro, *_, **__: done.append(("F", micro))
     stage.backward_one_chunk.side_effect = lambda micro, **_: done.append(("B", micro))
     schedule = Schedule1F1B(stage, micros, loss_fn=mock.Mock())
-    schedule._stage_forward_initialized = schedule._stage_initialized = True
     with mock.patch.object(schedule, "_initialize_stage"), mock.patch.object(schedule, "_update_losses"):
         schedule._step_microbatches([()] * micros, [{}] * micros, None)
     return done

@@ -31,11 +31,11 @@ def measured_costs(
         make_optimizers: of the network's parameters.
     """
     samples = len(network.embedded(x)[0])
-    few = max(1, samples // 4)
+    few = max(min(2, samples), samples // 4)  # batch norms may want two
     sizes = [few, samples] if few < samples else [samples]
     found: list[list[_Calls]] = []
     for size in sizes:
-        given, labels = map_tensors(lambda tensor, size=size: tensor[:size], (x, y))
+        given, labels = map_tensors(lambda tensor, size=size: tensor[:size].clone(), (x, y))  # of a storage of its own
         found.append(_calls(network, given, labels, loss))
     modules = [network.embed, *network.blocks, network.head]
     parts = [
