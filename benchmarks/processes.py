@@ -89,7 +89,9 @@ def total(value: float, device: torch.device) -> float:
 
 def sent_bytes() -> float | None:
     """What has been sent so far through the interface of gloo, headers among it; on the loopback by all processes together.
-    None if the interface is not known."""
+    None if the interface is not known, or messages do not go through gloo."""
+    if dist.get_backend() != "gloo":
+        return None
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     with open("/proc/self/net/dev") as lines:
         for line in lines:
