@@ -11,9 +11,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
@@ -21,6 +22,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
 from hbll.names import check_known
+from hbll.terminal import terminal
 
 if TYPE_CHECKING:
     from hbll.recipes import Recipe
@@ -185,15 +187,15 @@ def train(arguments: Sequence[str]) -> None:
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
     options.recipe.check([options.method])
-    name = f"{recipe.name}-{options.method}-s{options.seed}-{_now()}"
-    run = Run(
-        recipe=options.recipe,
-        method=options.method,
-        seed=options.seed,
-        folder=options.run_dir or RUNS / name,
-        data_dir=options.data_dir,
-    )
-    train_shown(run, resume=options.resume)
+    with _folder(options.run_dir, f"{recipe.name}-{options.method}-s{options.seed}") as folder:
+        run = Run(
+            recipe=options.recipe,
+            method=options.method,
+            seed=options.seed,
+            folder=folder,
+            data_dir=options.data_dir,
+        )
+        train_shown(run, resume=options.resume)
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -247,14 +249,15 @@ def compare(arguments: Sequence[str]) -> None:
     from hbll.train.report import write_report
 
     recipe, options = _recipe_options("compare", arguments, CompareOptions, open_comparison)
-    comparison = Comparison(
-        recipe=options.recipe,
-        methods=options.methods,
-        seeds=options.seeds,
-        folder=options.run_dir or RUNS / f"{recipe.name}-compare-{_now()}",
-        data_dir=options.data_dir,
-    )
-    results = compare_shown(comparison, resume=options.resume)
+    with _folder(options.run_dir, f"{recipe.name}-compare") as folder:
+        comparison = Comparison(
+            recipe=options.recipe,
+            methods=options.methods,
+            seeds=options.seeds,
+            folder=folder,
+            data_dir=options.data_dir,
+        )
+        results = compare_shown(comparison, resume=options.resume)
     page = write_report(comparison.folder)
     if options.json:
         print(json.dumps({"methods": results}))
@@ -320,9 +323,13 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0, 2 after an error of the user's (one sentence on stderr), 130 after Ctrl-C, 1 if whoever
-    reads its output has closed it."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Runs a command and exits: 0, 2 after an error of the user's (one sentence on stderr), 130 after Ctrl-C or SIGTERM, 1
+    if whoever reads its output has closed it."""
+    with terminal():
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
     try:
         try:
             _dispatch(arguments)
@@ -338,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"hbll: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interruption:
-        print(f"hbll: {interruption or 'interrupted'}", file=sys.stderr)
+        print(f"hbll: {str(interruption) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -383,12 +390,17 @@ def _recipe_options(
         if type(stored.recipe) is not recipe:
             raise ValueError(f"{options.run_dir} was begun with the recipe {stored.recipe.name}, not {recipe.name}")
         begun = {field.name: getattr(stored, field.name) for field in fields(kind) if hasattr(stored, field.name)}
+        if {"--depth", "--blocks"} & {argument.split("=")[0] for argument in arguments}:  # two spellings of one option
+            begun["recipe"] = replace(stored.recipe, depth=None, blocks=None)
         options = _parse(kind[recipe], arguments[1:], prog, kind(**begun))
     return recipe, options
 
 
 def _parse(options: Any, arguments: Sequence[str], prog: str, default: Any = None) -> Any:
     """The options that the arguments give; ValueError with one sentence when they do not."""
+    for before, argument in pairwise((prog, *arguments)):
+        if not argument or (argument.startswith("-") and argument.endswith("=")):
+            raise ValueError(f"what follows {argument.removesuffix('=') or before} is empty")
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
@@ -437,5 +449,22 @@ def _sentence(box: str) -> str:
     return said
 
 
-def _now() -> str:
-    return time.strftime("%Y%m%d-%H%M%S")
+@contextlib.contextmanager
+def _folder(chosen: Path | None, name: str) -> Iterator[Path]:
+    """The chosen folder, or a new one under `runs` that no other process has; what stays empty is taken away."""
+    if chosen is not None:
+        yield chosen
+        return
+    named = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = named
+    for number in count(2):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+        folder = named.with_name(f"{named.name}-{number}")
+    try:
+        yield folder
+    finally:
+        for empty in (folder, RUNS):
+            with contextlib.suppress(OSError):  # what holds anything stays
+                empty.rmdir()

@@ -40,7 +40,7 @@ name the `shares` of the samples that left at each readout."""
 def load_rule(run: Run) -> Rule:
     """The rule of a run, and with it the network, as its checkpoint has them; ValueError when that cannot be read."""
     rule = run.recipe.rule(run.method, run.recipe.network(), None)
-    state = checkpoint.load(run.checkpoint_file)
+    state = run.load_checkpoint()
     with checkpoint.understood(run.checkpoint_file):
         weights = state["rule"]
     try:
