@@ -276,8 +276,8 @@ def plan(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      say how a network is best spread over several devices"""
     from hbll.distributed import plan as planning
     from hbll.distributed.simulate import Network
+    from hbll.files import write_atomically
     from hbll.train.console import show_table
-    from hbll.train.files import write_atomically
     from hbll.train.planning import recipe_costs
     from hbll.train.plots import growing
 
@@ -455,7 +455,7 @@ def _folder(chosen: Path | None, name: str) -> Iterator[Path]:
     if chosen is not None:
         yield chosen
         return
-    named = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    named = RUNS / f"{name}-{_now()}"
     folder = named
     for number in count(2):
         with contextlib.suppress(FileExistsError):
@@ -468,3 +468,7 @@ def _folder(chosen: Path | None, name: str) -> Iterator[Path]:
         for empty in (folder, RUNS):
             with contextlib.suppress(OSError):  # what holds anything stays
                 empty.rmdir()
+
+
+def _now() -> str:
+    return time.strftime("%Y%m%d-%H%M%S")
