@@ -136,6 +136,9 @@ def test_a_width_for_whose_screen_there_is_no_memory_is_refused(hbll):
     code, _, err = hbll("sublinear", "fit", "--data", "t.csv", "--target", "0", "--width", 10**14)
     assert code == 2
     assert re.fullmatch(r"hbll: engine \S+ with width 10{14} .* would need \S+ GiB of memory, and .*\n", err)
+    code, _, err = hbll("sublinear", "bench", "--points", 10**12)
+    assert code == 2
+    assert re.fullmatch(r"hbll: 10{12} points of 64 features would need \S+ GiB of memory, and .*\n", err)
 
 
 @pytest.mark.parametrize("folder", ["~nosuchuser", None])

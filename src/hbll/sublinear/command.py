@@ -74,6 +74,7 @@ def bench(options: BenchOptions) -> None:
     from rich.table import Table
 
     from .bench import random_task, time_engines
+    from .memory import refuse_beyond
 
     for name in ("points", "features", "iterations", "repeats"):
         if getattr(options, name) < 1:
@@ -81,6 +82,7 @@ def bench(options: BenchOptions) -> None:
     if not options.engines:
         raise ValueError("engines is empty; at least one is needed")
     _check_seed(options.seed)
+    refuse_beyond(8.0 * options.points * options.features, f"{options.points} points of {options.features} features")
     X, y = random_task(options.points, options.features, options.seed)
     timings = time_engines(
         X, y, options.width, options.kappa, options.engines, options.iterations, options.repeats, options.seed
