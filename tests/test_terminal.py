@@ -1,10 +1,12 @@
 """What a command writes on, closed, full or narrow. Oracle: what the same writes do in a shell."""
 
+import importlib
 import io
 import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -54,6 +56,23 @@ def test_sigterm_is_ctrl_c_inside():
     with pytest.raises(KeyboardInterrupt), terminal():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_being_loaded_is_not_interrupted(tmp_path, monkeypatch, stop):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to it
+    (tmp_path / f"slow_{stop}.py").write_text(f"import signal\nsignal.raise_signal({int(stop)})\nloaded = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = []
+
+    def command():
+        loaded.append(importlib.import_module(f"slow_{stop}").loaded)
+        time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt), terminal():
+        command()
+    assert loaded == [True]
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("closed", "arguments", "code"), [(">&-", "--version", 0), ("2>&-", "trian", 2)])

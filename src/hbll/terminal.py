@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import TextIOWrapper
+from types import FrameType
 from typing import Any, TextIO
 
 
@@ -33,6 +35,16 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
     print(f"hbll: {message}", file=sys.stderr)
 
 
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt; while modules are loaded, for which torch would abort the process, a moment later."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            threading.Timer(0.05, signal.raise_signal, [signum]).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def terminal() -> Iterator[None]:
     """Inside, streams and signals are as every command wants them.
@@ -55,5 +67,7 @@ def terminal() -> Iterator[None]:
         warnings.showwarning = _show_warning  # pyrefly: ignore
         if os.environ.get("COLUMNS") == "0":
             del os.environ["COLUMNS"]
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for jobs in the background
+                stack.callback(signal.signal, number, signal.signal(number, _stop))
         yield
