@@ -34,6 +34,9 @@ RecipeT = TypeVar("RecipeT", bound="Recipe")
 
 RUNS = Path("runs")
 
+TEXT = "--prompt"
+"""The option whose value may be empty; of others it would be a folder, and mean the one where the command was called."""
+
 ALIASES = {"method": "--rule", "methods": "--rules"}
 """Other spellings of options."""
 
@@ -200,9 +203,9 @@ def train(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """RUN [OPTIONS]         measure a run's network along paths of its tree"""
+    from hbll.files import write_atomically
     from hbll.train.console import show_exits, show_paths
     from hbll.train.evaluate import evaluate_exits, evaluate_run
-    from hbll.train.files import write_atomically
     from hbll.train.run import open_run
 
     options = _parse(EvaluateOptions, arguments, "hbll evaluate")
@@ -399,8 +402,9 @@ def _recipe_options(
 def _parse(options: Any, arguments: Sequence[str], prog: str, default: Any = None) -> Any:
     """The options that the arguments give; ValueError with one sentence when they do not."""
     for before, argument in pairwise((prog, *arguments)):
-        if not argument or (argument.startswith("-") and argument.endswith("=")):
-            raise ValueError(f"what follows {argument.removesuffix('=') or before} is empty")
+        named, value = (argument[:-1], "") if re.fullmatch("--.*=", argument) else (before, argument)
+        if not value and named != TEXT:
+            raise ValueError(f"what follows {named} is empty")
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):

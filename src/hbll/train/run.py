@@ -74,11 +74,11 @@ class Run:
         """Where the run stands, tensors on `device`; ValueError for a checkpoint that is missing, damaged, or another's."""
         state = checkpoint.load(self.checkpoint_file, device)
         with checkpoint.understood(self.checkpoint_file):
-            theirs, ours = state["run"], self.mark
-            for option in theirs.keys() & ours.keys():
-                if theirs[option] != ours[option]:
+            ours = self.mark
+            for option, value in state["run"].items():
+                if option in ours and value != ours[option]:
                     raise ValueError(
-                        f"{self.checkpoint_file} is of another run, with {flag(option)} {theirs[option]}, not {ours[option]}"
+                        f"{self.checkpoint_file} is of another run, with {flag(option)} {value}, not {ours[option]}"
                     )
         return state
 
