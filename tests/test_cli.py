@@ -1,9 +1,11 @@
 """The commands as a user calls them. Expected texts are those a user reads."""
 
 import errno
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 
 from hbll import cli
 from hbll.recipes import RECIPES
+from hbll.train.hold import held
 
 SMALL = ["--blocks", "3", "--width", "16", "--epochs", "2", "--train-samples", "300"]
 
@@ -104,6 +107,13 @@ def test_help(hbll, arguments, said):
         ("sublinear bench --widht 8", "unknown option '--widht'; did you mean --width?"),
         ("sublinear fit --data no.csv --target y", "no.csv is not a file"),
         ("train digits --seed -1", "--seed must be at least 0, not -1"),
+        ("train digits --seed 18446744073709551616", "--seed must be less than 2^64, not 18446744073709551616"),
+        ("train digits --run-dir=", "what follows --run-dir is empty"),
+        ("train digits --run-dir ''", "what follows --run-dir is empty"),
+        ("compare digits --run-dir '' --seeds 1", "what follows --run-dir is empty"),
+        ("evaluate ''", "what follows hbll evaluate is empty"),
+        ("sublinear bench --engines", "engines is empty; at least one is needed"),
+        ("sublinear bench --seed 4294967296", "seed is 4294967296; at least 0 and less than 2^32 is needed"),
         ("train digits --resume", "--resume needs --run-dir, the folder to go on in"),
         ("train digits --resume --run-dir no", "no is not the folder of a run: it has no configuration.json"),
         ("compare digits --resume --run-dir no", "no is not the folder of a comparison: it has no comparison.json"),
@@ -113,8 +123,40 @@ def test_help(hbll, arguments, said):
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(hbll, arguments, sentence):
-    assert hbll(*arguments.split()) == (2, "", f"hbll: {sentence}\n")
+    assert hbll(*shlex.split(arguments)) == (2, "", f"hbll: {sentence}\n")
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("option", [["--blocks", 10**9], ["--width", 10**9], ["--width", 10**20], ["--blocks", 10**20]])
+@pytest.mark.parametrize("recipe", ["digits", "char-rnn"])
+def test_what_the_machine_has_no_memory_for_is_refused(hbll, recipe, option):
+    code, out, err = hbll("train", recipe, *option)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(
+        r"hbll: to train \d+ blocks of width \d+ would need \S+ GiB of memory, and this machine has \S+ GiB\n", err
+    )
+    assert not list(Path().iterdir())
+
+
+def test_a_width_for_whose_screen_there_is_no_memory_is_refused(hbll):
+    Path("t.csv").write_text("1,2\n2,3\n3,5\n4,6\n")
+    code, _, err = hbll("sublinear", "fit", "--data", "t.csv", "--target", "0", "--width", 10**14)
+    assert code == 2
+    assert re.fullmatch(r"hbll: engine \S+ with width 10{14} .* would need \S+ GiB of memory, and .*\n", err)
+    code, _, err = hbll("sublinear", "bench", "--points", 10**12)
+    assert code == 2
+    assert re.fullmatch(r"hbll: 10{12} points of 64 features would need \S+ GiB of memory, and .*\n", err)
+
+
+@pytest.mark.parametrize("folder", ["~nosuchuser", None])
+def test_a_user_without_a_home_is_told(hbll, monkeypatch, folder):
+    if folder is None:
+        monkeypatch.delenv("HBLL_DATA", raising=False)
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it leaves it where there is no home
+    else:
+        monkeypatch.setenv("HBLL_DATA", folder)
+    sentence = f"the data folder {folder or '~/.cache/hbll'} cannot be found, as the user has no home: name another by "
+    assert hbll("train", "mnist-mlp") == (2, "", f"hbll: {sentence}--data-dir or HBLL_DATA\n")
 
 
 def test_a_choice_that_is_none_names_the_choices(hbll):
@@ -175,6 +217,42 @@ def test_train_shows_the_accuracy_of_every_path_and_where_the_run_lies(hbll):
     assert out.splitlines()[-1] == f"run: {folder}"
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["1-2-3", "2", "2-3"]
     assert "epoch 2/2" in err
+
+
+def test_runs_that_begin_at_once_have_folders_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    with cli._folder(None, "run") as first, cli._folder(None, "run") as second, cli._folder(None, "run") as third:
+        assert [folder.name for folder in (first, second, third)] == ["run-now", "run-now-2", "run-now-3"]
+        (second / "file").touch()
+    assert list(Path("runs").iterdir()) == [second]
+
+
+def test_a_terminal_that_says_it_has_no_columns_is_written_on(hbll, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    code, out, err = hbll("train", "digits", *SMALL, "--rule", "bp")
+    assert code == 0
+    assert "epoch 2/2" in err
+    assert re.search(r"1-2-3 +3 +\d\d\.\d\d %", out)
+
+
+def test_a_closed_stdout_ends_nothing(hbll, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", None)
+    cli.main(["train", "digits", *SMALL, "--rule", "bp", "--run-dir", "run"])
+    assert "epoch 2/2" in capsys.readouterr().err
+    monkeypatch.undo()
+
+
+def test_with_a_closed_stderr_errors_are_not_on_stdout(hbll, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert hbll("trian") == (2, "", "")
+
+
+def test_spreads_are_shown_on_terminals_without_their_sign(hbll, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    hbll("compare", "digits", *SMALL, "--rules", "bp", "--seeds", "2")
+    assert re.search(rb"bp +\d+\.\d\d % +\? \d", written.getvalue())
 
 
 def test_evaluate_prints_one_json_object_and_nothing_else(hbll, trained):
@@ -326,6 +404,13 @@ def test_resuming_takes_the_options_of_the_run(hbll, trained):
     assert "was begun with the recipe digits" in hbll("train", "mnist-mlp", "--run-dir", trained, "--resume")[2]
 
 
+def test_a_depth_and_its_number_of_blocks_are_one_option(hbll):
+    assert hbll("train", "digits", "--depth", "2", "--width", "8", "--epochs", "1", "--run-dir", "run")[0] == 0
+    for size in (["--blocks", "3"], ["--blocks=3"], ["--depth", "2"]):
+        assert hbll("train", "digits", *size, "--run-dir", "run", "--resume")[0] == 0
+    assert "--blocks 3, not 7" in hbll("train", "digits", "--depth", "3", "--run-dir", "run", "--resume")[2]
+
+
 def test_a_run_is_not_trained_over(hbll, trained):
     code, _, err = hbll("train", "digits", "--run-dir", trained)
     assert code == 2
@@ -432,13 +517,27 @@ def test_a_sigmoid_network_learns_mnist_from_the_published_files(hbll, mnist_fol
     assert all(path["accuracy"] > 0.5 for path in json.loads(out)["paths"])
 
 
-def test_ctrl_c_saves_the_run_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_what_stops_a_run_saves_it_and_says_how_to_go_on(tmp_path, stop):
     command = [sys.executable, "-m", "hbll", "train", "digits", "--epochs", "100000", "--run-dir", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline().startswith("epoch 1/100000")
-        process.send_signal(signal.SIGINT)
+        with pytest.raises(ValueError, match=f"is being written by process {process.pid} on "), held(tmp_path / "run"):
+            pytest.fail("two processes hold it")
+        process.send_signal(stop)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "hbll: stopped and saved; `hbll train digits --run-dir run --resume` goes on"
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    with held(tmp_path / "run"):
+        pass
+
+
+def test_an_interruption_before_anything_is_begun_is_told(hbll, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hbll.recipes.digits.Digits.load", interrupt)
+    assert hbll("train", "digits") == (130, "", "hbll: interrupted\n")
+    assert not list(Path().iterdir())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hbll
+from hbll.files import write_tensors
 from hbll.modes import evaluating
 from hbll.network import Readout
 
@@ -355,6 +356,55 @@ class TestFiles:
             file.unlink() if damage == "no weights" else file.write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match="holds no saved network, or a damaged one"):
             net.load(tmp_path)
+
+    @pytest.mark.parametrize("content", ["{}", "[]", "3", "null"])
+    def test_a_description_of_nothing_is_refused(self, tmp_path, content):
+        net = network(3)
+        net.save(tmp_path)
+        (tmp_path / "network.json").write_text(content)
+        with pytest.raises(ValueError, match=r"holds (another network|no saved network)"):
+            net.load(tmp_path)
+
+    @pytest.mark.parametrize("lost", [True, False])
+    def test_a_tensor_missing_or_too_many_is_named(self, tmp_path, lost):
+        net = network(3)
+        net.save(tmp_path)
+        weights = net.state_dict()
+        if lost:
+            del weights["head.bias"]
+        else:
+            weights["tail.bias"] = torch.ones(1)
+        write_tensors(tmp_path / "weights.safetensors", weights, {})
+        said = r"head\.bias has shape None there" if lost else r"tail\.bias has shape \[1\] there and None here"
+        with pytest.raises(ValueError, match=said):
+            net.load(tmp_path)
+
+    def test_a_flipped_bit_is_seen(self, tmp_path):
+        net = network(3)
+        net.save(tmp_path)
+        file = tmp_path / "weights.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a damaged one: .* its checksum is not that of its content"):
+            net.load(tmp_path)
+
+    def test_weights_that_differ_are_not_put_into_one(self, tmp_path):
+        apart, tied = network(3), network(3, seed=1)
+        tied.blocks[2][0].weight = tied.blocks[0][0].weight
+        before = tied(X)
+        apart.save(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"blocks\.0\.0\.weight and blocks\.2\.0\.weight differ there and are one here"
+        ):
+            tied.load(tmp_path)
+        same(tied(X), before)
+        tied.save(tmp_path)
+        other = network(3, seed=2)
+        other.blocks[2][0].weight = other.blocks[0][0].weight
+        for net in (apart, other):  # of which the first may have equal weights twice
+            net.load(tmp_path)
+            same(net(X), before)
 
     def test_saving_again_replaces(self, tmp_path):
         network(3).save(tmp_path)

@@ -11,9 +11,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
@@ -21,6 +22,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
 from hbll.names import check_known
+from hbll.terminal import terminal
 
 if TYPE_CHECKING:
     from hbll.recipes import Recipe
@@ -34,6 +36,9 @@ RUNS = Path("runs")
 
 GROWN = tuple(4**k for k in range(6))
 """The numbers of devices that a plan's plot grows by."""
+
+TEXT = "--prompt"
+"""The option whose value may be empty; of others it would be a folder, and mean the one where the command was called."""
 
 ALIASES = {"method": "--rule", "methods": "--rules"}
 """Other spellings of options."""
@@ -188,22 +193,22 @@ def train(arguments: Sequence[str]) -> None:
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
     options.recipe.check([options.method])
-    name = f"{recipe.name}-{options.method}-s{options.seed}-{_now()}"
-    run = Run(
-        recipe=options.recipe,
-        method=options.method,
-        seed=options.seed,
-        folder=options.run_dir or RUNS / name,
-        data_dir=options.data_dir,
-    )
-    train_shown(run, resume=options.resume)
+    with _folder(options.run_dir, f"{recipe.name}-{options.method}-s{options.seed}") as folder:
+        run = Run(
+            recipe=options.recipe,
+            method=options.method,
+            seed=options.seed,
+            folder=folder,
+            data_dir=options.data_dir,
+        )
+        train_shown(run, resume=options.resume)
 
 
 def evaluate(arguments: Sequence[str]) -> None:
     """RUN [OPTIONS]         measure a run's network along paths of its tree"""
+    from hbll.files import write_atomically
     from hbll.train.console import show_exits, show_paths
     from hbll.train.evaluate import evaluate_exits, evaluate_run
-    from hbll.train.files import write_atomically
     from hbll.train.run import open_run
 
     options = _parse(EvaluateOptions, arguments, "hbll evaluate")
@@ -250,14 +255,15 @@ def compare(arguments: Sequence[str]) -> None:
     from hbll.train.report import write_report
 
     recipe, options = _recipe_options("compare", arguments, CompareOptions, open_comparison)
-    comparison = Comparison(
-        recipe=options.recipe,
-        methods=options.methods,
-        seeds=options.seeds,
-        folder=options.run_dir or RUNS / f"{recipe.name}-compare-{_now()}",
-        data_dir=options.data_dir,
-    )
-    results = compare_shown(comparison, resume=options.resume)
+    with _folder(options.run_dir, f"{recipe.name}-compare") as folder:
+        comparison = Comparison(
+            recipe=options.recipe,
+            methods=options.methods,
+            seeds=options.seeds,
+            folder=folder,
+            data_dir=options.data_dir,
+        )
+        results = compare_shown(comparison, resume=options.resume)
     page = write_report(comparison.folder)
     if options.json:
         print(json.dumps({"methods": results}))
@@ -276,8 +282,8 @@ def plan(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      say how a network is best spread over several devices"""
     from hbll.distributed import plan as planning
     from hbll.distributed.simulate import Network
+    from hbll.files import write_atomically
     from hbll.train.console import show_table
-    from hbll.train.files import write_atomically
     from hbll.train.planning import recipe_costs
     from hbll.train.plots import growing
 
@@ -323,9 +329,13 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0, 2 after an error of the user's (one sentence on stderr), 130 after Ctrl-C, 1 if whoever
-    reads its output has closed it."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Runs a command and exits: 0, 2 after an error of the user's (one sentence on stderr), 130 after Ctrl-C or SIGTERM, 1
+    if whoever reads its output has closed it."""
+    with terminal():
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
     try:
         try:
             _dispatch(arguments)
@@ -341,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"hbll: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interruption:
-        print(f"hbll: {interruption or 'interrupted'}", file=sys.stderr)
+        print(f"hbll: {str(interruption) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -386,12 +396,18 @@ def _recipe_options(
         if type(stored.recipe) is not recipe:
             raise ValueError(f"{options.run_dir} was begun with the recipe {stored.recipe.name}, not {recipe.name}")
         begun = {field.name: getattr(stored, field.name) for field in fields(kind) if hasattr(stored, field.name)}
+        if {"--depth", "--blocks"} & {argument.split("=")[0] for argument in arguments}:  # two spellings of one option
+            begun["recipe"] = replace(stored.recipe, depth=None, blocks=None)
         options = _parse(kind[recipe], arguments[1:], prog, kind(**begun))
     return recipe, options
 
 
 def _parse(options: Any, arguments: Sequence[str], prog: str, default: Any = None) -> Any:
     """The options that the arguments give; ValueError with one sentence when they do not."""
+    for before, argument in pairwise((prog, *arguments)):
+        named, value = (argument[:-1], "") if re.fullmatch("--.*=", argument) else (before, argument)
+        if not value and named != TEXT:
+            raise ValueError(f"what follows {named} is empty")
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
@@ -438,6 +454,27 @@ def _sentence(box: str) -> str:
         option, value = bad_value.groups()
         return f"{option} cannot be {value}"
     return said
+
+
+@contextlib.contextmanager
+def _folder(chosen: Path | None, name: str) -> Iterator[Path]:
+    """The chosen folder, or a new one under `runs` that no other process has; what stays empty is taken away."""
+    if chosen is not None:
+        yield chosen
+        return
+    named = RUNS / f"{name}-{_now()}"
+    folder = named
+    for number in count(2):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+        folder = named.with_name(f"{named.name}-{number}")
+    try:
+        yield folder
+    finally:
+        for empty in (folder, RUNS):
+            with contextlib.suppress(OSError):  # what holds anything stays
+                empty.rmdir()
 
 
 def _now() -> str:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from hbll.adapt import Part, split
+from hbll.files import read_tensors, write_atomically, write_tensors
 from hbll.tree import Path, Tree, format_path
 
 if TYPE_CHECKING:
@@ -237,40 +236,53 @@ class Chain(nn.Module):
         return dim if dim < 0 else dim - state.ndim
 
     def save(self, folder: str | FilePath) -> None:
-        """Writes ``weights.safetensors`` and ``network.json`` into a folder."""
+        """Writes ``weights.safetensors``, which carries a checksum, and ``network.json`` into a folder."""
         folder = FilePath(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Clones, because safetensors refuses tensors that share memory, as those of a block used twice do.
-        weights = {name: tensor.detach().clone().contiguous() for name, tensor in self.state_dict().items()}
-        safetensors.torch.save_file(weights, folder / "weights.safetensors")
-        (folder / "network.json").write_text(json.dumps(self._configuration(), indent=2) + "\n")
+        write_tensors(folder / "weights.safetensors", self.state_dict(), {})
+        write_atomically(folder / "network.json", json.dumps(self._configuration(), indent=2) + "\n")
 
     def load(self, folder: str | FilePath) -> None:
         """Reads what ``save`` wrote into this network, whose modules must be like the saved one's.
 
         Raises:
-            ValueError: the folder is missing or damaged, or the saved network has other blocks, modules or shapes.
+            ValueError: the folder is missing or damaged, or the saved network has other blocks, modules or shapes, or other
+                weights where this one has one.
         """
         folder, own = FilePath(folder), self._configuration()
         try:
-            saved = json.loads((folder / "network.json").read_text())
-            weights = safetensors.torch.load_file(folder / "weights.safetensors")
-        except (OSError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+            saved = json.loads((folder / "network.json").read_text(encoding="utf-8"))
+            weights, _ = read_tensors(folder / "weights.safetensors")
+        except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no saved network, or a damaged one: {error}") from error
+        if not isinstance(saved, dict):
+            raise ValueError(
+                f"{folder} holds no saved network, or a damaged one: network.json is not a description of one"
+            )
         for what in ("format", "blocks", "feature_dim"):
             if saved.get(what) != own[what]:
                 raise ValueError(
                     f"{folder} holds another network: {what} is {saved.get(what)} there and {own[what]} here"
                 )
-        for name in {**saved["shapes"], **own["shapes"]}:
-            there, here = saved["shapes"].get(name), own["shapes"].get(name)
+        shapes = _shapes(weights)
+        for name in {**shapes, **own["shapes"]}:
+            there, here = shapes.get(name), own["shapes"].get(name)
             if there != here:
                 raise ValueError(f"{folder} holds another network: {name} has shape {there} there and {here} here")
+        first_names: dict[Tensor, str] = {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            first = first_names.setdefault(tensor, name)
+            if not weights[first].equal(weights[name]):
+                raise ValueError(f"{folder} holds another network: {first} and {name} differ there and are one here")
         self.load_state_dict(weights)
 
     def _configuration(self) -> dict:
-        shapes = {name: list(tensor.shape) for name, tensor in self.state_dict().items()}
-        return {"format": 1, "blocks": len(self.blocks), "feature_dim": self.feature_dim, "shapes": shapes}
+        shapes = _shapes(self.state_dict())
+        return {"format": 2, "blocks": len(self.blocks), "feature_dim": self.feature_dim, "shapes": shapes}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def apply(name: str, block: nn.Module, state: Tensor, context: Context) -> Tensor:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hbll.recipes import RECIPES, flag
+from hbll.sublinear import memory
 
 DIGITS, MNIST = RECIPES["digits"], RECIPES["mnist-mlp"]
 
@@ -100,6 +101,31 @@ def test_a_batch_must_be_had():
 def test_a_value_that_cannot_be_is_one_sentence(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         DIGITS(**options)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values())
+def test_parameters_are_counted_without_making_the_network(recipe):
+    sizes = (
+        [{}] if recipe.name in ("cifar10-resnet", "cifar10-vgg") else [{}, {"blocks": 1}, {"blocks": 5}, {"depth": 3}]
+    )
+    for size in sizes:
+        made = recipe(width=8, **size) if size else recipe()
+        assert made.parameter_count() == sum(parameter.numel() for parameter in made.network().parameters())
+
+
+def test_a_network_that_cannot_be_trained_in_the_memory_there_is_is_not_made(monkeypatch):
+    # 7 blocks of 64 x 65 parameters, an embed of 65 x 64 and a head of 65 x 10: each with gradient and two moments.
+    parameters = 7 * 65 * 64 + 65 * 64 + 65 * 10
+    monkeypatch.setattr(memory, "machine_bytes", lambda: float(16 * parameters + 7 * 2**13))
+    DIGITS().initial_network(0)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: float(16 * parameters + 7 * 2**13 - 1))
+    with pytest.raises(ValueError, match="to train 7 blocks of width 64 would need"):
+        DIGITS().initial_network(0)
+
+
+def test_blocks_are_taken_instead_of_any_usual_depth():
+    char_rnn = RECIPES["char-rnn"]
+    assert [char_rnn(**size).block_count for size in ({}, {"blocks": 31}, {"depth": 5})] == [63, 31, 31]
 
 
 def test_an_option_is_spelt_as_on_the_command_line():

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from hbll.train import checkpoint
-from hbll.train.files import write_atomically
 
 numbers = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 tensors = st.builds(
@@ -99,20 +98,3 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors cannot be read"):
         checkpoint.load(file)
-
-
-def test_an_interruption_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    file = tmp_path / "file"
-    write_atomically(file, "old")
-
-    def interrupted(descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(file, "new")
-    assert file.read_text() == "old"
-    monkeypatch.undo()
-    write_atomically(file, "new")
-    assert file.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [file]

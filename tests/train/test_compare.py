@@ -1,6 +1,6 @@
-import json
 import math
 import re
+import shutil
 import statistics
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,7 +10,7 @@ import pytest
 from hbll.recipes import RECIPES
 from hbll.train import metrics
 from hbll.train.compare import Comparison, compare, open_comparison, open_results
-from hbll.train.loop import Interrupted
+from hbll.train.loop import Interrupted, train
 from hbll.train.report import write_report
 from hbll.train.run import Run
 from hbll.train.tables import result_columns, result_row
@@ -57,16 +57,20 @@ def test_results_are_kept_with_the_comparison(finished):
     assert open_comparison(comparison.folder) == comparison
 
 
-def test_a_finished_comparison_is_not_trained_over_but_can_be_extended(finished):
+def test_a_finished_comparison_is_not_trained_over_but_can_be_extended(finished, tmp_path):
     comparison, results = finished
     with pytest.raises(ValueError, match="holds a comparison already"):
         compare(comparison)
     steps = []
-    longer = replace(comparison, methods=("paper", "bp", "tree"))
+    copied = replace(comparison, folder=shutil.copytree(comparison.folder, tmp_path / "copy"))
+    longer = replace(copied, methods=("paper", "bp", "tree"))
     extended = compare(longer, resume=True, on_step=lambda done, total: steps.append(done))
     assert extended[:2] == results
     assert len(steps) == 2 * 2 * 6  # the new method's: two seeds, two epochs of six steps
-    assert compare(comparison, resume=True) == results
+    assert compare(longer, resume=True) == extended
+    with pytest.raises(ValueError, match="compares paper, bp, tree with --seeds 2: a comparison is resumed with all"):
+        compare(copied, resume=True)
+    assert open_results(copied.folder) == extended
 
 
 def test_an_interrupted_comparison_ends_as_one_that_was_not(finished, tmp_path):
@@ -177,21 +181,90 @@ def test_only_runs_and_comparisons_have_pages(finished, tmp_path):
     with pytest.raises(ValueError, match=r"configuration\.json is damaged"):
         write_report(tmp_path)
     run = finished[0].runs("bp")[0]
-    (tmp_path / "configuration.json").write_text(json.dumps(json.loads(run.configuration_file.read_text())))
+    shutil.copy(run.configuration_file, tmp_path)
     with pytest.raises(ValueError, match="has not finished an epoch yet"):
         write_report(tmp_path)
 
 
-def test_resuming_with_other_options_leaves_the_comparison_as_it_was(finished):
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"recipe": replace(RECIPE, width=32)}, "--width 16, not 32"),
+        ({"recipe": replace(RECIPE, width=32), "methods": ("tree",)}, "compares paper, bp with --seeds 2"),
+        ({"methods": ("bp", "tree")}, "compares paper, bp with --seeds 2"),
+        ({"seeds": 1}, "compares paper, bp with --seeds 2"),
+    ],
+)
+def test_resuming_with_other_options_leaves_the_comparison_as_it_was(finished, change, sentence):
     comparison, _ = finished
     before = comparison.file.read_bytes()
-    with pytest.raises(ValueError, match=r"--width 16, not 32"):
-        compare(replace(comparison, recipe=replace(RECIPE, width=32)), resume=True)
+    with pytest.raises(ValueError, match=sentence):
+        compare(replace(comparison, **change), resume=True)
     assert comparison.file.read_bytes() == before
 
 
-def test_a_run_is_not_put_into_a_comparisons_folder(finished):
+def test_a_folder_is_of_a_run_or_of_a_comparison(finished):
     comparison, _ = finished
-    run = Run(recipe=RECIPE, method="bp", seed=0, folder=comparison.folder)
-    with pytest.raises(ValueError, match="holds a comparison"):
-        run.claim()
+    with pytest.raises(ValueError, match="holds a comparison already"):
+        train(Run(recipe=RECIPE, method="bp", seed=0, folder=comparison.folder))
+    with pytest.raises(ValueError, match="holds a run already"):
+        compare(replace(comparison, folder=comparison.folder / "bp-s0"))
+
+
+def test_a_comparison_under_way_is_not_resumed(tmp_path):
+    recipe = replace(RECIPE, epochs=1)
+    comparison = Comparison(recipe=recipe, methods=("bp",), seeds=1, folder=tmp_path)
+    refused = []
+
+    def meddle(run):
+        with pytest.raises(ValueError, match="is being written by process"):
+            compare(comparison, resume=True)
+        refused.append(run)
+
+    compare(comparison, on_run=meddle)
+    assert len(refused) == 1
+
+
+class DivergesWithDfa(RECIPES["digits"]):
+    """Digits that dfa begins with weights which it cannot stand."""
+
+    def rule(self, method, network, example):
+        if method == "dfa":
+            network.head.weight.data.fill_(3e38)
+        return super().rule(method, network, example)
+
+
+def test_a_method_that_diverges_ends_its_own_row_alone(tmp_path):
+    comparison = Comparison(
+        recipe=DivergesWithDfa(**vars(RECIPE)), methods=("dfa", "bp"), seeds=2, folder=tmp_path / "made"
+    )
+    results = compare(comparison)
+    diverged, trained = results
+    assert diverged["diverged"] == 1
+    assert (diverged["accuracy"], diverged["spread"], diverged["seconds"], diverged["paths"]) == (None, None, None, [])
+    assert "diverged" not in trained
+    assert trained["accuracy"] > 0.1
+    assert set(diverged) == {*trained, "diverged"}
+    again = compare(comparison, resume=True)
+    assert again == results
+    row = result_row(diverged, RECIPE.measures)
+    assert row[:6] == ["dfa", "diverged at step 1", "", "", "", ""]
+    assert len(row) == len(result_columns(RECIPE.measures))
+    page = Page(write_report(comparison.folder).read_text())
+    assert "diverged at step 1" in page.text
+    assert f"{100 * trained['accuracy']:.2f} %" in page.text
+
+
+def test_a_comparison_of_what_diverges_alone_has_a_page_without_figures(tmp_path):
+    recipe = DivergesWithDfa(**vars(RECIPE))
+    comparison = Comparison(recipe=recipe, methods=("dfa",), seeds=1, folder=tmp_path / "made")
+    compare(comparison)
+    assert "<svg" not in write_report(comparison.folder).read_text()
+
+
+def test_a_comparison_whose_runs_are_gone_is_told(finished, tmp_path):
+    comparison, _ = finished
+    folder = shutil.copytree(comparison.folder, tmp_path / "copy")
+    shutil.rmtree(folder / "bp-s1")
+    with pytest.raises(ValueError, match="bp-s1 has not finished an epoch yet"):
+        write_report(folder)

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from hbll import Chain, make_rule
+from hbll import Chain, Step, make_rule
 from hbll.rules import RULES
-from hbll.train.divergence import all_finite, place_in_step, place_in_weights
+from hbll.train import DivergenceWarning, fit
+from hbll.train.divergence import Growth, all_finite, place_in_step, place_in_weights
 
 NAN = float("nan")
 
@@ -79,3 +80,41 @@ def test_a_bad_batch_in_flight_is_found_by_its_stage(network):
     rule = make_rule("stream", network, stage=2)
     rule.backward(torch.full((4, 3), NAN), Y)
     assert place_in_step(rule, X, Y) == "stage 2 (blocks 3-4)"
+
+
+def looked_at(*losses):
+    growth = Growth()
+    for loss in losses:
+        growth.add([Step(loss=torch.tensor(loss))])
+    growth.look()
+    return growth
+
+
+@pytest.mark.parametrize("losses", [(), (2.3, 2000.0), (1e-6, 999.0), (1e6, 9e8), (-3.0, -2.0), (0.0, 0.0)])
+def test_a_loss_that_does_not_grow_a_thousandfold_is_no_divergence(losses):
+    looked_at(*losses)
+
+
+@pytest.mark.parametrize(
+    "losses", [(2.3, 3000.0, 1.0), (1e-6, 1e4), (1e6, 2e9), (1.0, NAN, 1.0), (float("inf"),), (NAN, 2.0)]
+)
+def test_a_loss_that_grows_without_bound_is_told_once(losses):
+    with pytest.warns(DivergenceWarning, match=f"within {len(losses)} steps the loss went from"):
+        growth = looked_at(*losses)
+    growth.look()
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.5])
+def test_a_training_that_diverges_is_told(rate):
+    # Of the loss u^2 / 2 a step leaves u (1 - rate): 0.5^n goes to 0, 1.5^n to infinity.
+    embed = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(embed.weight)
+    network = Chain(embed, [nn.Identity()], nn.Identity())
+    rule = make_rule("bp", network, loss=lambda output, y: output.square().sum(-1) / 2)
+    batches = [(torch.ones(1, 1), torch.zeros(1, 1))] * 60
+    optimizer = torch.optim.SGD(rule.parameters(), lr=rate)
+    if rate < 2:
+        assert fit(rule, batches, optimizer).losses[0] < 1
+    else:
+        with pytest.warns(DivergenceWarning, match=r"the loss went from 0\.5 to "):
+            fit(rule, batches, optimizer)

@@ -187,5 +187,5 @@ def test_what_cannot_leave_early_is_told(tmp_path):
 def test_a_checkpoint_of_another_architecture_is_told(run, tmp_path):
     other = trained(tmp_path / "other", "bp", blocks=2)
     run.checkpoint_file.write_bytes(other.checkpoint_file.read_bytes())
-    with pytest.raises(ValueError, match="holds a network of another architecture than configuration"):
+    with pytest.raises(ValueError, match="is of another run, with --"):
         evaluate_run(run.folder)

@@ -2,28 +2,31 @@ import signal
 
 import pytest
 
-from hbll.train.interrupt import deferred_interrupt
+from hbll.train.interrupt import SIGNALS, deferred_interrupt
 
 
 @pytest.fixture(autouse=True)
 def listening():
     """A shell starts background jobs deaf to interrupts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def test_the_first_interrupt_only_asks_and_the_second_interrupts():
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_the_first_interrupt_only_asks_and_the_second_interrupts(first, second):
     with deferred_interrupt() as interrupted:
         assert not interrupted()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(first)
         assert interrupted()
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(second)
 
 
 def test_afterwards_interrupts_are_as_before():
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in SIGNALS]
     with deferred_interrupt():
         pass
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -9,9 +9,11 @@ from hbll.recipes import RECIPES
 from hbll.rule import Rule
 from hbll.rules import RULES, make_rule
 from hbll.train import checkpoint, metrics
+from hbll.train.divergence import DivergedError
 from hbll.train.evaluate import evaluate_run
+from hbll.train.hold import held
 from hbll.train.loop import Interrupted, train
-from hbll.train.run import Run, open_run
+from hbll.train.run import Run, open_run, read_json, write_json
 
 Digits = RECIPES["digits"]
 SMALL = Digits(blocks=3, width=8, epochs=3, train_samples=300, learning_rate=1e-3)  # four steps an epoch
@@ -197,6 +199,61 @@ def test_a_run_is_never_trained_over(tmp_path):
 def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path):
     with pytest.raises(ValueError, match="is not the folder of a run"):
         train(run_in(tmp_path), resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_under_way_is_neither_resumed_nor_begun_again(tmp_path):
+    run = run_in(tmp_path)
+
+    def meddle():
+        with pytest.raises(ValueError, match="is being written by process"):
+            train(run, resume=True)
+        with pytest.raises(ValueError, match="holds a run already"):
+            train(run)
+
+    train(run, on_step=stop_at(6, meddle))
+    assert [line.epoch for line in metrics.read(run.metrics_file)] == [1, 2, 3]
+
+
+def test_a_folder_in_which_another_process_is_about_to_begin_is_left_to_it(tmp_path):
+    with held(tmp_path), pytest.raises(ValueError, match="is being written by process"):
+        train(run_in(tmp_path))
+
+
+def test_metrics_of_another_run_are_told_and_left(tmp_path):
+    ours, theirs = run_in(tmp_path / "ours"), run_in(tmp_path / "theirs", seed=1)
+    for run in (ours, theirs):
+        train(run)
+    ours.metrics_file.write_bytes(theirs.metrics_file.read_bytes())
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged, or of another run"):
+        train(ours, resume=True)
+    assert ours.metrics_file.read_bytes() == theirs.metrics_file.read_bytes()
+
+
+def test_a_checkpoint_of_another_run_is_neither_resumed_nor_evaluated(tmp_path):
+    ours, theirs = run_in(tmp_path / "ours"), run_in(tmp_path / "theirs", seed=1)
+    for run in (ours, theirs):
+        train(run)
+    ours.checkpoint_file.write_bytes(theirs.checkpoint_file.read_bytes())
+    with pytest.raises(ValueError, match="is of another run, with --seed 1, not 0"):
+        train(ours, resume=True)
+    with pytest.raises(ValueError, match="is of another run, with --seed 1, not 0"):
+        evaluate_run(ours.folder)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_what_stops_it_in_an_evaluation_is_heard_after_it(tmp_path, epoch):
+    whole, stopped = run_in(tmp_path / "whole"), run_in(tmp_path / "stopped")
+    train(whole)
+
+    def terminate(line):
+        if line.epoch == epoch:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(stopped, on_epoch=terminate)
+    train(stopped, resume=True)
+    assert outcome(stopped) == outcome(whole)
 
 
 def test_the_configuration_says_what_was_run_and_with_what(tmp_path):
@@ -214,9 +271,9 @@ def test_the_configuration_says_what_was_run_and_with_what(tmp_path):
 def test_a_run_of_another_version_is_told(tmp_path):
     run = run_in(tmp_path)
     train(run)
-    configuration = json.loads(run.configuration_file.read_text())
+    configuration = read_json(tmp_path, "configuration.json", "run")
     for change in ({"recipe": "letters"}, {"options": {"letters": 26}}):
-        run.configuration_file.write_text(json.dumps(configuration | change))
+        write_json(run.configuration_file, configuration | change)
         with pytest.raises(ValueError, match=r"was made by another version: .*letters.* is not known here"):
             open_run(tmp_path)
 
@@ -298,8 +355,11 @@ def test_seeds_differ_in_their_order_and_epochs_too(tmp_path):
 @pytest.mark.parametrize("method", RULES)
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, method):
     run = run_in(tmp_path, Poisoned(**vars(SMALL)), method)
-    with pytest.raises(ValueError, match=r"NaN or infinite in step \d of epoch 1, first (at|in the weights of) "):
+    with pytest.raises(
+        DivergedError, match=r"NaN or infinite in step \d of epoch 1, first (at|in the weights of) "
+    ) as told:
         train(run)
+    assert f"in step {told.value.step} of epoch 1" in str(told.value)
     state = checkpoint.load(run.checkpoint_file)
     assert (state["epoch"], state["position"]) == (0, 0)
     assert all(tensor.isfinite().all() for tensor in state["rule"].values())
@@ -312,7 +372,9 @@ def test_a_run_that_diverges_later_keeps_the_epochs_it_had(tmp_path):
     state = checkpoint.load(run.checkpoint_file)
     state["rule"]["network.blocks.1.linear.weight"].fill_(3e38)  # finite, unlike what it makes of any state
     checkpoint.save(run.checkpoint_file, state)
-    with pytest.raises(ValueError, match="in step 1 of epoch 2, first at block 2; the last good checkpoint is kept"):
+    said = "in step 1 of epoch 2, first at block 2; the last good checkpoint is kept"
+    with pytest.raises(DivergedError, match=said) as caught:
         train(run, resume=True)
+    assert caught.value.step == 5  # four steps an epoch
     assert checkpoint.load(run.checkpoint_file)["epoch"] == 1
     assert len(metrics.read(run.metrics_file)) == 1

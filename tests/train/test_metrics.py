@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from hbll.files import sealed
 from hbll.train import metrics
 from hbll.train.metrics import Metrics
 
@@ -29,17 +30,38 @@ def test_what_was_appended_is_read_to_the_last_bit(tmp_path):
 
 def test_a_file_is_cut_after_some_epochs(tmp_path):
     file = tmp_path / "metrics.jsonl"
+    digests = [metrics.digest(file)]
     for epoch in (1, 2, 3):
         metrics.append(file, replace(LINE, epoch=epoch))
-    metrics.cut(file, 2)
+        digests.append(metrics.digest(file))
+    metrics.cut(file, 2, digests[2])
     assert [line.epoch for line in metrics.read(file)] == [1, 2]
-    metrics.cut(file, 0)
+    metrics.cut(file, 0, digests[0])
     assert metrics.read(file) == []
+
+
+def test_lines_that_are_not_those_that_stay_are_told_and_left(tmp_path):
+    file, other = tmp_path / "metrics.jsonl", tmp_path / "other.jsonl"
+    for epoch in (1, 2):
+        metrics.append(file, replace(LINE, epoch=epoch))
+        metrics.append(other, replace(LINE, epoch=epoch, loss=2.0))
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged, or of another run"):
+        metrics.cut(file, 1, metrics.digest(other))
+    assert file.read_bytes() == before
+
+
+def test_a_changed_line_is_told(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    metrics.append(file, LINE)
+    file.write_text(file.read_text().replace('"work": 9', '"work": 8'))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+        metrics.read(file)
 
 
 def test_lines_of_another_version_are_told(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"epoch": 1, "accuracy": {"1-2-3": 0.5}}\n')
+    file.write_text(json.dumps(sealed({"epoch": 1, "accuracy": {"1-2-3": 0.5}})) + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl was made by another version"):
         metrics.read(file)
 
@@ -50,7 +72,8 @@ def test_the_chain_is_the_first_path():
 
 def test_no_file_has_no_lines(tmp_path):
     assert metrics.read(tmp_path / "none") == []
-    metrics.cut(tmp_path / "none", 0)
+    metrics.cut(tmp_path / "none", 0, metrics.digest(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -64,14 +87,14 @@ def test_what_json_has_no_number_for_is_null(tmp_path, value):
     assert json.loads(file.read_text(), parse_constant=refuse)["nodes"] == {"1": {"error": None}}
 
 
-@pytest.mark.parametrize("content", ['{"epoch": 1', '"unterminated\n'])
+@pytest.mark.parametrize("content", [b'{"epoch": 1', b'"unterminated\n', b'{"epoch": 1}', b"[]", b"\xff\xfe"])
 def test_a_damaged_file_is_named(tmp_path, content):
     file = tmp_path / "metrics.jsonl"
-    file.write_text(content)
+    file.write_bytes(content)
     with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
         metrics.read(file)
 
 
 def test_a_history_shorter_than_the_checkpoint_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"fewer lines than the 2 epochs"):
-        metrics.cut(tmp_path / "metrics.jsonl", 2)
+        metrics.cut(tmp_path / "metrics.jsonl", 2, "")

@@ -22,8 +22,12 @@ from hbll.rules import RULES, make_rule, options_of
 from hbll.rules.backprop import Backpropagation
 from hbll.rules.local import LocalRule
 from hbll.rules.pipeline import Pipeline
+from hbll.sublinear.memory import refuse_beyond
 
 Schedule = Literal["constant", "linear", "cosine"]
+
+WEIGHT_BYTES, BLOCK_BYTES = 16, 2**13
+"""What training takes at least: for a weight itself, its gradient and two moments; for a block Python's objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,9 @@ class Recipe(ABC):
 
     measures: ClassVar[tuple[Measure, ...]] = (ACCURACY,)
     """What networks are measured by on the test samples; curves and spreads are of the first."""
+
+    usual_depth: ClassVar[int] = 3
+    """The depth where neither a depth nor a number of blocks is given."""
 
     depth: int | None = None
     """Depth D of the tree: N = 2^D nodes after the input, 2^D - 1 blocks and the head (3 unless --blocks is given)."""
@@ -99,7 +106,7 @@ class Recipe(ABC):
     @property
     def block_count(self) -> int:
         """Number of blocks of the network, N - 1."""
-        return self.blocks if self.blocks is not None else 2 ** (self.depth or 3) - 1
+        return self.blocks if self.blocks is not None else 2 ** (self.depth or self.usual_depth) - 1
 
     def splits(self, data_dir: Path | None) -> Splits:
         """The samples to train and test on; ValueError when the data set is missing, damaged or too small."""
@@ -112,9 +119,24 @@ class Recipe(ABC):
         return splits
 
     def initial_network(self, seed: int) -> nn.Module:
-        """The network before training; the same for every method, so that methods differ in nothing else."""
+        """The network before training; the same for every method, so that methods differ in nothing else.
+
+        ValueError where to train it would take more memory than there is.
+        """
+        needed = WEIGHT_BYTES * self.parameter_count() + BLOCK_BYTES * self.block_count
+        refuse_beyond(needed, f"to train {self.block_count} blocks of width {self.width}")
         torch.manual_seed(seed)
         return self.network()
+
+    def parameter_count(self) -> int:
+        """Parameters of the network, none of which is made; 2^63 where they are more than torch can count."""
+        try:
+            with torch.device("meta"):
+                return sum(parameter.numel() for parameter in self.network().parameters())
+        except (RuntimeError, TypeError) as error:
+            if "overflow" not in str(error).lower():
+                raise
+            return 2**63
 
     def augment(self, inputs: Tensor, draw: np.random.Generator) -> Tensor:
         """The inputs of a training batch as the network is to see them in this step, varied by `draw`; here as they are."""
@@ -223,6 +245,12 @@ class ChainRecipe(Recipe):
         """The rule's options that were given."""
         given = {option: getattr(self, option) for option in RULE_OPTIONS}
         return {option: value for option, value in given.items() if value is not None and value is not False}
+
+    def parameter_count(self) -> int:
+        if (self.blocks is None and self.depth is None) or self.block_count <= 2:
+            return super().parameter_count()
+        one, two = (replace(self, depth=None, blocks=blocks).parameter_count() for blocks in (1, 2))
+        return one + (two - one) * (self.block_count - 1)  # blocks are alike
 
     def reads(self, method: str, option: str) -> bool:
         kind = RULES[check_known(method, RULES, "rule")]

@@ -24,8 +24,10 @@ class CharRnn(Recipe):
     cell: Literal["gru", "elman", "lstm"] = "gru"
     """The recurrent cell; the Elman cell has a sigmoid."""
 
-    depth: int | None = 6
-    """Depth D of the tree: sequences of N = 2^D characters."""
+    usual_depth: ClassVar[int] = 6
+
+    depth: int | None = None
+    """Depth D of the tree: sequences of N = 2^D characters (6 unless --blocks is given)."""
 
     width: int = 256
     """Units of the hidden state."""

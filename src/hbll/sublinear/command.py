@@ -74,10 +74,15 @@ def bench(options: BenchOptions) -> None:
     from rich.table import Table
 
     from .bench import random_task, time_engines
+    from .memory import refuse_beyond
 
     for name in ("points", "features", "iterations", "repeats"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; at least 1 is needed")
+    if not options.engines:
+        raise ValueError("engines is empty; at least one is needed")
+    _check_seed(options.seed)
+    refuse_beyond(8.0 * options.points * options.features, f"{options.points} points of {options.features} features")
     X, y = random_task(options.points, options.features, options.seed)
     timings = time_engines(
         X, y, options.width, options.kappa, options.engines, options.iterations, options.repeats, options.seed
@@ -119,6 +124,7 @@ def fit(options: FitOptions) -> None:
 
     if not 0 <= options.test_share < 1:
         raise ValueError(f"test_share is {options.test_share}; at least 0 and less than 1 is needed")
+    _check_seed(options.seed)
     X, y = read_table(options.data, options.target)
     held_out = math.ceil(options.test_share * len(X))
     if held_out >= len(X):
@@ -159,6 +165,11 @@ def fit(options: FitOptions) -> None:
         if len(rows):
             error = np.sqrt(np.mean((regressor.predict(scaler.transform(X[rows])) - y[rows]) ** 2))
             console.print(f"RMSE on {len(rows)} {name} rows: {error:.4g} (standard deviation of y {y[rows].std():.4g})")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:  # as scikit-learn takes it
+        raise ValueError(f"seed is {seed}; at least 0 and less than 2^32 is needed")
 
 
 def read_table(path: Path, target: str) -> "tuple[NDArray[np.float64], NDArray[np.float64]]":

@@ -5,17 +5,15 @@ after the screen.
 """
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from .engine import EngineName
 from .problem import Problem
-from .screen import Screen
+from .screen import Screen, rows_in_cache
 
-__all__ = ["Forecast", "dense_operations", "forecast", "machine_bytes", "refuse_beyond"]
+__all__ = ["Forecast", "dense_operations", "forecast"]
 
 # Nanoseconds on one thread, float32, read off timings of the phases on one x86-64 machine; only their ratios decide.
 PRODUCT = 0.022  # a multiply-add inside BLAS
@@ -28,6 +26,8 @@ LIST = 1.0  # a pair that fires, on an entry of its list
 VISIT = 3.0  # a tree's node in a query
 TOUCH = 9.0  # a tree's node in an update
 LEAF = 1.5  # one S_r term of a leaf's change
+
+CHUNK = 1280  # bytes that a chunk of the screen takes beside what fires in it
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def forecast(problem: Problem, screened: Screen, looked_at: int) -> Forecast:
     }
     pairs = 2 * (2 + size)  # an entry of the fired pairs, and its copy while they are joined
     common = n * n * (8 + size + 4 * 4) + 3 * pairs * fired
-    screen_bytes = 33 * alive + 2 * (2 + size) * entries
+    screen_bytes = 33 * alive + 2 * (2 + size) * entries + CHUNK * m / rows_in_cache(problem)
     storage: dict[EngineName, float] = {
         "dense": m * (d * size + 8 + 1 + 3 * 8) + common,
         "compact": alive * (d * size + 8 + 1 + 3 * 8) + screen_bytes + common,
@@ -85,23 +85,3 @@ def _paths(leaves: float, m: int) -> float:
 def dense_operations(problem: Problem) -> int:
     """m n d + n^3 / 3: an iteration of the dense baseline (BPSW21, arXiv 2006.11648)."""
     return problem.width * len(problem) * problem.features + len(problem) ** 3 // 3
-
-
-def machine_bytes() -> float:
-    """The memory of the machine, or of the container's share of it; unbounded where the system does not tell."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        total = min(total, float(text))
-    return total
-
-
-def refuse_beyond(needed: float, what: str) -> None:
-    """Raise ValueError where `what` needs more bytes than the machine has."""
-    if needed > machine_bytes():
-        raise ValueError(
-            f"{what} would need {needed / 2**30:.3g} GiB of memory, "
-            f"and this machine has {machine_bytes() / 2**30:.3g} GiB"
-        )

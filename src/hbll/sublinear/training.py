@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .compact import Compact
-from .cost import forecast, machine_bytes, refuse_beyond
+from .cost import forecast
 from .dense import Dense
 from .descent import LARGEST, Run, descend
 from .engine import ENGINES, Engine, EngineName
+from .memory import machine_bytes, refuse_beyond
 from .model import Model
 from .problem import Problem, unit_rows
 from .rules import Method, make_rule

@@ -5,7 +5,8 @@ fit(rule, batches, torch.optim.AdamW(rule.parameters(), lr=1e-3), epochs=10, pre
 """
 
 from hbll.train.descent import Descent, Fit, fit
+from hbll.train.divergence import DivergenceWarning
 from hbll.train.error_feedback import ErrorFeedback
 from hbll.train.optimizers import make_optimizers
 
-__all__ = ["Descent", "ErrorFeedback", "Fit", "fit", "make_optimizers"]
+__all__ = ["Descent", "DivergenceWarning", "ErrorFeedback", "Fit", "fit", "make_optimizers"]

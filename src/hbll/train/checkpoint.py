@@ -1,21 +1,19 @@
 """Any nest of dicts, lists, tuples, numbers, strings and tensors as one safetensors file, without pickle.
 
 The tensors are the file's tensors, named by their place (`network.blocks.0.linear.weight`); the rest is JSON in the
-file's metadata. One file, because a pair could be torn apart by an interruption.
+file's metadata, with a checksum of both. One file, because a pair could be torn apart by an interruption.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hbll.train.files import write_atomically
+from hbll.files import read_tensors, write_tensors
 
 Nest = Any
 """Tensors, None, bool, int, float and str, in dicts (with int or str as keys), lists and tuples."""
@@ -25,18 +23,15 @@ def save(file: Path, state: Nest) -> None:
     """Writes `state` so that `load` returns an equal one, to the last bit and of the same types."""
     tensors: dict[str, Tensor] = {}
     outline = _take_apart(state, "", tensors)
-    metadata = {"outline": json.dumps(outline)}
-    write_atomically(file, safetensors.torch.save(tensors, metadata))
+    write_tensors(file, tensors, {"outline": json.dumps(outline)})
 
 
 def load(file: Path, device: torch.device | str = "cpu") -> Nest:
     """What was saved, its tensors on `device`; ValueError naming the file when it is missing or damaged."""
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as stored:
-            outline = json.loads(stored.metadata()["outline"])
-            return _put_together(outline, stored)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint {file} cannot be read: {error}") from error
+    tensors, metadata = read_tensors(file)
+    with understood(file):
+        outline = json.loads(metadata["outline"])
+    return _put_together(outline, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @contextmanager
@@ -55,7 +50,7 @@ def _take_apart(part: Nest, place: str, tensors: dict[str, Tensor]) -> Nest:
         case Tensor():
             while place in tensors:  # {"a.b": ...} beside {"a": {"b": ...}}
                 place += "'"
-            tensors[place] = part.detach().clone(memory_format=torch.contiguous_format)
+            tensors[place] = part
             return {"tensor": place}
         case dict():
             items = [(key, _take_apart(value, _join(place, key), tensors)) for key, value in part.items()]
@@ -68,10 +63,10 @@ def _take_apart(part: Nest, place: str, tensors: dict[str, Tensor]) -> Nest:
     raise TypeError(f"a checkpoint cannot hold the {type(part).__name__} at {place}")
 
 
-def _put_together(part: Nest, stored: Any) -> Nest:
+def _put_together(part: Nest, stored: Mapping[str, Tensor]) -> Nest:
     match part:
         case {"tensor": place}:
-            return stored.get_tensor(place)
+            return stored[place]
         case {"dict": items}:
             return {key: _put_together(value, stored) for key, value in items}
         case {"list": values}:

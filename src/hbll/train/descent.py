@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from hbll.carry import map_tensors
 from hbll.names import check_choice, check_number
 from hbll.rule import Rule, Step
+from hbll.train.divergence import LOOK_EVERY, Growth
 
 __all__ = ["Descent", "Fit", "fit"]
 
@@ -56,7 +57,8 @@ def fit(
     """Trains a network by a rule.
 
     A rule's own `backward` is used, which takes the least memory; a wrapper such as `DistributedDataParallel(rule)` is
-    called and its loss walked back. Whether parts train or evaluate (dropout, batch norm) stays as it is.
+    called and its loss walked back. Whether parts train or evaluate (dropout, batch norm) stays as it is. A loss that grows
+    without bound is told once, by a `DivergenceWarning`.
 
     Args:
         rule: the rule, or a wrapper around one.
@@ -111,6 +113,7 @@ class Descent:
             rule.to(self.device)  # in place: the optimizers hold the same parameters
         self.precision: Precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
+        self.growth = Growth()
 
     def run(
         self,
@@ -132,9 +135,13 @@ class Descent:
             for group in _groups(batches, accumulate):
                 steps = self.step(*group)
                 mean.add(steps)
+                self.growth.add(steps)
                 number += 1
                 on_step(number, steps[-1])
+                if number % LOOK_EVERY == 0:
+                    self.growth.look()
             losses.append(mean.value)
+            self.growth.look()
         while drain and self.rule.in_flight:
             (step,) = self.step((None, None))
             number += 1

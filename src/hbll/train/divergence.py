@@ -1,7 +1,8 @@
-"""Finding where a training run left the finite numbers."""
+"""Noticing that training diverges, and finding where a run left the finite numbers."""
 
 import math
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +12,58 @@ from torch import Tensor, nn
 from hbll.network import Chain, apply
 from hbll.rule import Rule, Step
 
+LOOK_EVERY = 100
+"""Steps between two looks at how training goes. On a GPU each look waits for the device."""
+
 
 class DivergedError(ValueError):
-    """The loss or a weight is NaN or infinite."""
+    """The loss or a weight is NaN or infinite, by a step counted from the beginning of the run, from 1."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class DivergenceWarning(UserWarning):
+    """The loss grows without bound, or is NaN or infinite."""
+
+
+GROWN = 1000.0
+"""Times its first value, or 1 if that is less, by which a loss has grown without bound. While a pipeline fills, losses of
+more and more stages are added up; of far more stages than people train."""
+
+
+class Growth:
+    """Warns once, by a `DivergenceWarning`, when losses have grown without bound, or are no longer finite."""
+
+    def __init__(self) -> None:
+        self.first: Tensor | None = None
+        self.largest = torch.zeros(())
+        self.steps = 0
+        self.warned = False
+
+    def add(self, steps: Sequence[Step]) -> None:
+        """Notes the losses of a training step; does not wait for the device."""
+        self.steps += 1
+        for step in steps:
+            loss = step.loss.detach().abs().float()
+            if self.first is None:
+                self.first = self.largest = loss
+            self.largest = torch.maximum(self.largest, loss)  # NaN stays NaN
+
+    def look(self) -> None:
+        """Warns if it has to; waits for the device."""
+        if self.first is None or self.warned:
+            return
+        first, largest = self.first.item(), self.largest.item()
+        if not largest < GROWN * max(1.0, first):
+            self.warned = True
+            warnings.warn(
+                f"training diverges: within {self.steps} steps the loss went from {first:.3g} to {largest:.3g}; "
+                "try a lower learning rate, or clip gradients",
+                DivergenceWarning,
+                stacklevel=2,
+            )
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

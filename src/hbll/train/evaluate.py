@@ -40,16 +40,9 @@ name the `shares` of the samples that left at each readout."""
 def load_rule(run: Run) -> Rule:
     """The rule of a run, and with it the network, as its checkpoint has them; ValueError when that cannot be read."""
     rule = run.recipe.rule(run.method, run.recipe.network(), None)
-    state = checkpoint.load(run.checkpoint_file)
+    state = run.load_checkpoint()
     with checkpoint.understood(run.checkpoint_file):
-        weights = state["rule"]
-    try:
-        rule.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{run.checkpoint_file} holds a network of another architecture than {run.configuration_file.name} beside it: "
-            + str(error).splitlines()[1].strip()
-        ) from error
+        rule.load_state_dict(state["rule"])
     return rule
 
 

@@ -1,13 +1,15 @@
-"""Ctrl-C between two steps instead of in the middle of one."""
+"""Ctrl-C, or the SIGTERM of a batch system, between two steps instead of in the middle of one."""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function return True; a second one interrupts at once.
+    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function return True; a second one acts at once.
 
     An optimizer stopped halfway has moved some weights and not others: no state to go on from.
     """
@@ -16,10 +18,16 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     def ask(signum: int, frame: object) -> None:
         nonlocal asked
         asked = True
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    before = signal.signal(signal.SIGINT, ask)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, ask)
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

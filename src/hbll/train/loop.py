@@ -14,23 +14,21 @@ from hbll.rules.composed import Composed
 from hbll.train import checkpoint, metrics
 from hbll.train.descent import Descent
 from hbll.train.device import device
-from hbll.train.divergence import DivergedError, all_finite, place_in_step, place_in_weights
+from hbll.train.divergence import LOOK_EVERY, DivergedError, all_finite, place_in_step, place_in_weights
 from hbll.train.evaluate import measured
+from hbll.train.hold import held
 from hbll.train.interrupt import deferred_interrupt
 from hbll.train.metrics import Metrics
 from hbll.train.optimizers import make_optimizers
-from hbll.train.run import Run, check_same, open_run
+from hbll.train.run import Run, check_free, check_same, open_run
 from hbll.train.schedule import scheduler
-
-CHECK_EVERY = 100
-"""Steps between two looks at whether the loss is still finite. On a GPU each look waits for the device."""
 
 DIAGNOSED_SAMPLES = 256
 """Training samples, the first ones, on which stages are diagnosed at the end of an epoch."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after which the run has been saved where it stood and can be resumed."""
+    """Ctrl-C or SIGTERM, after which the run has been saved where it stood and can be resumed."""
 
 
 def train(
@@ -49,23 +47,28 @@ def train(
         on_epoch: called after each epoch.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is off, or holds none or another one and it is on; the data set
-            is missing or damaged; the loss or a weight became NaN or infinite (`DivergedError`: the last good
-            checkpoint is kept).
-        Interrupted: Ctrl-C was pressed; the run was saved after the step under way.
+        ValueError: the folder holds a run and `resume` is off, or holds none or another one and it is on; another process
+            trains in it; the data set is missing, or it or the folder damaged; the loss or a weight became NaN or infinite
+            (`DivergedError`: the last good checkpoint is kept).
+        Interrupted: Ctrl-C was pressed, or SIGTERM sent; the run was saved after the step under way.
     """
-    if resume:
-        check_same(open_run(run.folder), run)
+
+    def check_folder() -> None:
+        if resume:
+            check_same(open_run(run.folder), run)
+        else:
+            check_free(run.folder)
+
+    check_folder()
     splits = run.recipe.splits(run.data_dir).to(device())
     training = Training(run, splits.train)
-    if resume:
-        training.restore()
-        metrics.cut(run.metrics_file, training.epoch)
-    else:
-        run.claim()
-        training.save()
-    run.write_configuration(device(), training.engine)
-    with deferred_interrupt() as interrupted:
+    with held(run.folder), deferred_interrupt() as interrupted:
+        check_folder()  # again: another process may have come first
+        if resume:
+            metrics.cut(run.metrics_file, *training.restore())
+        else:
+            training.save()
+        run.write_configuration(device(), training.engine)
 
         def before_step(done: int) -> None:
             on_step(done, run.recipe.epochs * training.steps_per_epoch)
@@ -79,6 +82,8 @@ def train(
             metrics.append(run.metrics_file, line)
             training.save()
             on_epoch(line)
+        if interrupted():  # in the last evaluation: of a comparison the next run is not to begin
+            raise Interrupted
 
 
 @dataclass
@@ -157,7 +162,7 @@ class Training:
     def _taken(self, step: Step) -> None:
         self.sums.add(step)
         self.position += 1
-        if self.position % CHECK_EVERY == 0 or self.position == self.steps_per_epoch:
+        if self.position % LOOK_EVERY == 0 or self.position == self.steps_per_epoch:
             self._check()
         self.sums.seconds += time.perf_counter() - self.began
 
@@ -186,6 +191,8 @@ class Training:
         """Replaces the checkpoint by the present state; DivergedError, leaving the old one, when that is no good."""
         self._check()
         state = {
+            "run": self.run.mark,
+            "metrics": metrics.digest(self.run.metrics_file),
             "rule": self.rule.state_dict(),
             "carry": self.rule.carry(),
             "descent": self.descent.state_dict(),
@@ -197,9 +204,13 @@ class Training:
         }
         checkpoint.save(self.run.checkpoint_file, state)
 
-    def restore(self) -> None:
-        """Goes back to the checkpoint; ValueError when it is missing, damaged or of another version."""
-        state = checkpoint.load(self.run.checkpoint_file, device())
+    def restore(self) -> tuple[int, str]:
+        """Goes back to the checkpoint; ValueError when it is missing, damaged, or of another version or run.
+
+        Returns:
+            The epochs done, and the digest of their metrics.
+        """
+        state = self.run.load_checkpoint(device())
         with checkpoint.understood(self.run.checkpoint_file):
             self.rule.load_state_dict(state["rule"])
             self.rule.load_carry(state["carry"])
@@ -210,6 +221,7 @@ class Training:
             self.epoch = state["epoch"]
             self.position = state["position"]
             self.sums = Sums(**state["sums"])
+            return self.epoch, state["metrics"]
 
     def _order(self) -> Tensor:
         """The order of the epoch's samples: a function of seed and epoch, so that it need not be saved."""
@@ -230,13 +242,15 @@ class Training:
         """DivergedError unless every loss of the epoch and every weight is finite."""
         if self.sums.loss.isfinite() and all_finite(self.rule.network.parameters()):
             return
+        step, where = self._divergence()
         raise DivergedError(
-            f"the loss or a weight became NaN or infinite {self._divergence()}; the last good checkpoint is "
-            f"kept in {self.run.folder}: try a lower --learning-rate"
+            f"the loss or a weight became NaN or infinite {where}; the last good checkpoint is "
+            f"kept in {self.run.folder}: try a lower --learning-rate",
+            step,
         )
 
-    def _divergence(self) -> str:
-        """When and where: the steps since the checkpoint are taken once more and looked at one by one.
+    def _divergence(self) -> tuple[int, str]:
+        """In which step of the run, and where: the steps since the checkpoint are taken once more and looked at one by one.
 
         By the time it is noticed, what began in one stage has spread to all.
         """
@@ -244,12 +258,14 @@ class Training:
         again.restore()
         order = again._order()
         while again.position < self.position:
+            step = again.epoch * self.steps_per_epoch + again.position + 1
             when = f"in step {again.position + 1} of epoch {again.epoch + 1}"
             batch = again._batch(order)
             if place := place_in_step(again.rule, *batch):
-                return f"{when}, first at {place}"
+                return step, f"{when}, first at {place}"
             again.descent.step(batch)
             again.position += 1
             if place := place_in_weights(again.rule):
-                return f"{when}, first in the weights of {place}"
-        return f"by step {self.position} of epoch {self.epoch + 1}"
+                return step, f"{when}, first in the weights of {place}"
+        done = self.epoch * self.steps_per_epoch + self.position
+        return done, f"by step {self.position} of epoch {self.epoch + 1}"

@@ -1,13 +1,14 @@
-"""Metrics of a run as JSON lines, one an epoch."""
+"""Metrics of a run as JSON lines, one an epoch, each with a checksum."""
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hbll.files import sealed, unsealed, write_atomically
 from hbll.train.evaluate import PathResult
-from hbll.train.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,31 +50,48 @@ class Metrics:
 
 def append(file: Path, metrics: Metrics) -> None:
     """Adds a line."""
-    lines = file.read_text() if file.exists() else ""
-    write_atomically(file, lines + json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
+    line = json.dumps(sealed(_finite(asdict(metrics))), allow_nan=False)
+    write_atomically(file, _content(file) + line.encode() + b"\n")
 
 
 def read(file: Path) -> list[Metrics]:
     """All lines, in order; none for a missing file. ValueError for damaged lines, or lines of another version."""
-    if not file.exists():
-        return []
     try:
-        return [Metrics(**json.loads(line)) for line in file.read_text().splitlines()]
-    except json.JSONDecodeError as error:
+        stored = [json.loads(line) for line in _content(file).splitlines()]
+    except ValueError as error:  # neither JSON nor, maybe, text
         raise ValueError(f"{file} is damaged: {error}") from error
+    try:
+        return [Metrics(**unsealed(line, file)) for line in stored]
     except TypeError as error:
         raise ValueError(f"{file} was made by another version: {error}") from error
 
 
-def cut(file: Path, epochs: int) -> None:
+def digest(file: Path) -> str:
+    """By which `cut` knows the lines that are there now."""
+    return _digest(_content(file))
+
+
+def cut(file: Path, epochs: int, kept: str) -> None:
     """Drops the lines after that many epochs: a process killed after its line may not have saved its checkpoint.
 
-    ValueError for a file with fewer or damaged lines.
+    ValueError, and nothing dropped, unless what stays has the digest `kept`.
     """
     if len(read(file)) < epochs:
         raise ValueError(f"{file} is damaged: it has fewer lines than the {epochs} epochs that the checkpoint has seen")
-    if file.exists():
-        write_atomically(file, "".join(file.read_text().splitlines(keepends=True)[:epochs]))
+    lines = _content(file).splitlines(keepends=True)
+    first = b"".join(lines[:epochs])
+    if _digest(first) != kept:
+        raise ValueError(f"{file} is damaged, or of another run: its lines are not those that the checkpoint has seen")
+    if len(lines) > epochs:
+        write_atomically(file, first)
+
+
+def _content(file: Path) -> bytes:
+    return file.read_bytes() if file.exists() else b""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _finite(part: Any) -> Any:

@@ -6,11 +6,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from hbll.files import write_atomically
 from hbll.recipes import Measure, Recipe, flag
 from hbll.train import metrics, plots
-from hbll.train.compare import FILE, open_comparison, open_results
-from hbll.train.files import write_atomically
-from hbll.train.run import open_run
+from hbll.train.compare import open_comparison, open_results
+from hbll.train.metrics import Metrics
+from hbll.train.run import COMPARISON, Run, open_run
 from hbll.train.tables import path_columns, path_row, result_columns, result_row
 
 _PAGE = Template(
@@ -50,7 +51,7 @@ $sections
 
 def write_report(folder: Path) -> Path:
     """Writes `report.html` into the folder of a run or a comparison; ValueError when it is neither, or has no epoch."""
-    page = _comparison_page(folder) if (folder / FILE).exists() else _run_page(folder)
+    page = _comparison_page(folder) if (folder / COMPARISON).exists() else _run_page(folder)
     file = folder / "report.html"
     write_atomically(file, page)
     return file
@@ -60,15 +61,16 @@ def _comparison_page(folder: Path) -> str:
     results, comparison = open_results(folder), open_comparison(folder)
     measures = comparison.recipe.measures
     rows = [result_row(result, measures) for result in results]
+    finished = [result["method"] for result in results if "diverged" not in result]
     histories = {
-        method: [metrics.read(run.metrics_file) for run in comparison.runs(method)] for method in comparison.methods
+        method: [_history(run, comparison.recipe.epochs) for run in comparison.runs(method)] for method in finished
     }
     return _page(
         title=f"{comparison.recipe.name}: {', '.join(comparison.methods)}",
         summary=f"{_network(comparison.recipe)} {_seeds(comparison.seeds)}",
         sections=[
             _section("Results", _results_text(measures), _table(result_columns(measures), rows)),
-            *_figures(histories, measures[0]),
+            *(_figures(histories, measures[0]) if histories else []),
         ],
         recipe=comparison.recipe,
     )
@@ -76,9 +78,7 @@ def _comparison_page(folder: Path) -> str:
 
 def _run_page(folder: Path) -> str:
     run = open_run(folder)
-    history = metrics.read(run.metrics_file)
-    if not history:
-        raise ValueError(f"the run in {folder} has not finished an epoch yet")
+    history = _history(run, 1)
     last = history[-1]
     measures = run.recipe.measures
     text = f"Along every path, on the test samples, after epoch {last.epoch} of {run.recipe.epochs}."
@@ -92,6 +92,18 @@ def _run_page(folder: Path) -> str:
         ],
         recipe=run.recipe,
     )
+
+
+def _history(run: Run, least: int) -> list[Metrics]:
+    """Of a run that has finished so many epochs; ValueError if it has not."""
+    history = metrics.read(run.metrics_file)
+    if not history:
+        raise ValueError(f"the run in {run.folder} has not finished an epoch yet")
+    if len(history) < least:
+        raise ValueError(
+            f"the run in {run.folder} has finished {len(history)} of {least} epochs: go on with it by --resume"
+        )
+    return history
 
 
 def _results_text(measures: Sequence[Measure]) -> str:

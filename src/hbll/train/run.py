@@ -2,13 +2,16 @@
 
 configuration.json       the recipe with all its options, method, seed, and what it was run with
 metrics.jsonl            one line an epoch
-checkpoint.safetensors   where it stands (see `checkpoint`)
+checkpoint.safetensors   where it stands (see `checkpoint`), and of which run
 report.html              written by `hbll report`
+
+All but the report carry checksums. Who trains holds the folder (see `hold`).
 """
 
 import json
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,15 +19,19 @@ from typing import Any
 
 import torch
 
+from hbll.files import sealed, unsealed, write_atomically
 from hbll.recipes import RECIPES, Recipe, flag
-from hbll.train.files import write_atomically
+from hbll.train import checkpoint
+
+CONFIGURATION, COMPARISON = "configuration.json", "comparison.json"
+"""What makes a folder that of a run, or of a comparison."""
 
 _LIBRARIES = ("hbll", "torch", "numpy", "safetensors", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run; ValueError for a negative seed."""
+    """One training run; ValueError for a seed that torch cannot take."""
 
     recipe: Recipe
     method: str
@@ -35,10 +42,12 @@ class Run:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {self.seed}")
+        if self.seed >= 2**64:
+            raise ValueError(f"--seed must be less than 2^64, not {self.seed}")
 
     @property
     def configuration_file(self) -> Path:
-        return self.folder / "configuration.json"
+        return self.folder / CONFIGURATION
 
     @property
     def metrics_file(self) -> Path:
@@ -48,13 +57,30 @@ class Run:
     def checkpoint_file(self) -> Path:
         return self.folder / "checkpoint.safetensors"
 
-    def claim(self) -> None:
-        """Makes the folder; ValueError when it holds a run already."""
-        if (self.folder / "comparison.json").exists():
-            raise ValueError(f"{self.folder} holds a comparison: give the run another --run-dir")
-        if self.configuration_file.exists():
-            raise ValueError(f"{self.folder} holds a run already: give --resume to go on with it, or another --run-dir")
-        self.folder.mkdir(parents=True, exist_ok=True)
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The options that make a run what it is; a depth and the number of blocks that it stands for are one."""
+        options = asdict(self.recipe) | {"method": self.method, "seed": self.seed, "blocks": self.recipe.block_count}
+        del options["depth"]
+        return options
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What its checkpoint says of the run, which may go on for more epochs."""
+        lasting = {option: value for option, value in self.identity.items() if option != "epochs"}
+        return {"recipe": self.recipe.name, **lasting}
+
+    def load_checkpoint(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Where the run stands, tensors on `device`; ValueError for a checkpoint that is missing, damaged, or another's."""
+        state = checkpoint.load(self.checkpoint_file, device)
+        with checkpoint.understood(self.checkpoint_file):
+            ours = self.mark
+            for option, value in state["run"].items():
+                if option in ours and value != ours[option]:
+                    raise ValueError(
+                        f"{self.checkpoint_file} is of another run, with {flag(option)} {value}, not {ours[option]}"
+                    )
+        return state
 
     def write_configuration(self, device: torch.device, engine: str) -> None:
         """Writes what is run, and with what: the folder is a run's from then on."""
@@ -69,7 +95,7 @@ class Run:
             "engine": engine,
             "versions": {"python": platform.python_version()} | _versions(),
         }
-        write_atomically(self.configuration_file, json.dumps(configuration, indent=2) + "\n")
+        write_json(self.configuration_file, configuration)
 
 
 def _versions() -> dict[str, str]:
@@ -82,17 +108,28 @@ def _versions() -> dict[str, str]:
 
 
 def open_run(folder: Path) -> Run:
-    """The run that lives in `folder`; ValueError when none does."""
-    configuration = read_json(folder, "configuration.json", "run")
-    recipe = stored_recipe(configuration, folder)
-    data_dir = configuration["data_dir"]
-    return Run(
-        recipe=recipe,
-        method=configuration["method"],
-        seed=configuration["seed"],
-        folder=folder,
-        data_dir=Path(data_dir) if data_dir else None,
-    )
+    """The run that lives in `folder`; ValueError when none does, or one of another version."""
+    stored = read_json(folder, CONFIGURATION, "run")
+    with known_here(folder):
+        return Run(
+            recipe=stored_recipe(stored),
+            method=stored["method"],
+            seed=stored["seed"],
+            folder=folder,
+            data_dir=Path(stored["data_dir"]) if stored["data_dir"] else None,
+        )
+
+
+def check_free(folder: Path) -> None:
+    """ValueError when a run or a comparison lies in `folder`."""
+    for name, what in ((CONFIGURATION, "run"), (COMPARISON, "comparison")):
+        if (folder / name).exists():
+            raise ValueError(f"{folder} holds a {what} already: give --resume to go on with it, or another --run-dir")
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes what `read_json` reads."""
+    write_atomically(file, json.dumps(sealed(content), indent=2) + "\n")
 
 
 def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
@@ -101,23 +138,27 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{folder} is not the folder of a {what}: it has no {name}")
     try:
-        stored = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor, maybe, text
         raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(stored, dict) or "recipe" not in stored:
-        raise ValueError(f"{file} is damaged: it names no recipe")
-    return stored
+    return unsealed(stored, file)
 
 
-def stored_recipe(stored: dict[str, Any], folder: Path) -> Recipe:
-    """The recipe that a stored run or comparison names; ValueError when this version has none like it."""
+@contextmanager
+def known_here(folder: Path) -> Iterator[None]:
+    """Inside, what a stored run or comparison lacks, or has of another type, is a ValueError naming the folder."""
     try:
-        options: dict[str, Any] = {  # JSON has lists for tuples
-            option: tuple(value) if isinstance(value, list) else value for option, value in stored["options"].items()
-        }
-        return RECIPES[stored["recipe"]](**options)
-    except (KeyError, TypeError) as error:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} was made by another version: {error} is not known here") from error
+
+
+def stored_recipe(stored: dict[str, Any]) -> Recipe:
+    """The recipe that a stored run or comparison names."""
+    options: dict[str, Any] = {  # JSON has lists for tuples
+        option: tuple(value) if isinstance(value, list) else value for option, value in stored["options"].items()
+    }
+    return RECIPES[stored["recipe"]](**options)
 
 
 def check_same(stored: Run, wanted: Run) -> None:
@@ -128,16 +169,10 @@ def check_same(stored: Run, wanted: Run) -> None:
     if wanted.recipe.name != stored.recipe.name:
         raise ValueError(f"{stored.folder} holds a run of {stored.recipe.name}, not of {wanted.recipe.name}")
     longer = wanted.recipe.schedule == "constant" and wanted.recipe.epochs > stored.recipe.epochs
-    before, now = _identity(stored), _identity(wanted)
-    for option, value in now.items():
+    before = stored.identity
+    for option, value in wanted.identity.items():
         if value != before[option] and not (option == "epochs" and longer):
             raise ValueError(
                 f"{stored.folder} was trained with {flag(option)} {before[option]}, not {value}: "
                 "a run is resumed as it was begun; start another with another --run-dir"
             )
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    """The options that make a run what it is; a depth and the number of blocks that it stands for are one."""
-    options = asdict(run.recipe) | {"method": run.method, "seed": run.seed, "blocks": run.recipe.block_count}
-    return {option: value for option, value in options.items() if option != "depth"}

@@ -17,17 +17,23 @@ def result_columns(measures: Sequence[Measure]) -> list[str]:
 def result_row(result: MethodResult, measures: Sequence[Measure]) -> list[str]:
     """A method's results, under `result_columns`."""
     first, *others = [measure.text(result[measure.name]) for measure in measures]
+    if "diverged" in result:
+        first = f"diverged at step {result['diverged']}"
     return [
         result["method"],
         first,
         "" if result["spread"] is None else f"± {measures[0].number(result['spread'])}",
         *others,
-        f"{result['seconds']:.1f}",
-        f"{result['work']:.1f}".removesuffix(".0"),
-        f"{result['span']:.1f}".removesuffix(".0"),
+        "" if result["seconds"] is None else f"{result['seconds']:.1f}",
+        _evaluations(result["work"]),
+        _evaluations(result["span"]),
         f"{result['memory'] / 2**20:.2f} MiB",
         result["local"],
     ]
+
+
+def _evaluations(count: float | None) -> str:
+    return "" if count is None else f"{count:.1f}".removesuffix(".0")
 
 
 def path_columns(measures: Sequence[Measure], costs: bool = False) -> list[str]:
