@@ -123,6 +123,17 @@ def test_speed_is_how_many_times_as_fast_an_epoch_is(made):
     assert columns(table) == ["rule", "speed-up"]
 
 
+def test_a_run_that_diverges_leaves_its_figures_out_and_the_others_are_made(made):
+    wild = training("digits", "bp", blocks=3, learning_rate=1e30)
+    table = replace(TABLE, rows=(Row("wild", "bp", (Figure(wild), Figure(SHORT))),))
+    said = []
+    (row,) = reproduce(replace(made, table=table, seeds=1), on_diverged=lambda error: said.append(str(error)))
+    assert [len(figure["measured"]) for figure in row["figures"]] == [0, 1]
+    assert len(said) == 1
+    assert "became NaN or infinite" in said[0]
+    assert "Diverged: digits-bp-blocks-3-learning-rate-1e+30-s0." in (made.folder / "report.html").read_text()
+
+
 def test_what_cannot_be_is_one_sentence(made):
     with pytest.raises(ValueError, match="unknown rule of this table 'papr'; did you mean paper"):
         replace(made, rules=["papr"])

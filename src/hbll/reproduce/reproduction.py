@@ -16,6 +16,7 @@ from hbll.names import check_known
 from hbll.recipes import RECIPES, Measure
 from hbll.reproduce.tables import Figure, Row, Scale, Table, Training, trainings
 from hbll.train import metrics
+from hbll.train.divergence import DivergedError
 from hbll.train.files import write_atomically
 from hbll.train.loop import train
 from hbll.train.metrics import Metrics
@@ -85,13 +86,17 @@ def reproduce(
     *,
     on_run: Callable[[Run], None] = lambda run: None,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
+    on_diverged: Callable[[DivergedError], None] = lambda error: None,
 ) -> Results:
     """Makes every run that is not finished, and after each the page anew.
+
+    A run that diverges has no figures, and the page says so; it is tried again when the table is gone on with.
 
     Args:
         reproduction: what to make.
         on_run: called before each run, whether it is finished already or not.
         on_step: as of `train`, of the run under way.
+        on_diverged: called when a run diverges, with what `train` says.
 
     Raises:
         ValueError: a run in the folder is another than the one of its name; as of `train`.
@@ -101,16 +106,21 @@ def reproduce(
     for run in runs:  # before anything is trained
         if run.configuration_file.exists():
             check_same(open_run(run.folder), run)
+    diverged: list[str] = []
     for run in runs:
         on_run(run)
         if len(_history(run)) < run.recipe.epochs:
-            train(run, resume=run.configuration_file.exists(), on_step=on_step)
-            write_results(reproduction)
-    return write_results(reproduction)
+            try:
+                train(run, resume=run.configuration_file.exists(), on_step=on_step)
+            except DivergedError as error:
+                diverged.append(run.folder.name)
+                on_diverged(error)
+            write_results(reproduction, diverged)
+    return write_results(reproduction, diverged)
 
 
-def write_results(reproduction: Reproduction) -> Results:
-    """Writes the figures of what is finished, and their page, into the folder."""
+def write_results(reproduction: Reproduction, diverged: Sequence[str]) -> Results:
+    """Writes the figures of what is finished, and their page, which names the runs that diverged, into the folder."""
     results = [
         {
             "setting": row.setting,
@@ -124,7 +134,7 @@ def write_results(reproduction: Reproduction) -> Results:
     ]
     content = {"title": reproduction.table.title, "scale": reproduction.scale, "rows": results}
     write_atomically(reproduction.folder / "table.json", json.dumps(content, indent=2) + "\n")
-    write_atomically(reproduction.folder / "report.html", _page(reproduction, results))
+    write_atomically(reproduction.folder / "report.html", _page(reproduction, results, diverged))
     return results
 
 
@@ -202,7 +212,7 @@ def _history(run: Run) -> list[Metrics]:
     return metrics.read(run.metrics_file)
 
 
-def _page(reproduction: Reproduction, results: Results) -> str:
+def _page(reproduction: Reproduction, results: Results, diverged: Sequence[str]) -> str:
     table = reproduction.table
     made = [run for run in reproduction.runs if _finished(run)]
     missing = [rule for rule in table.rules if rule not in [row.rule for row in reproduction.rows]]
@@ -216,6 +226,8 @@ def _page(reproduction: Reproduction, results: Results) -> str:
         f"arXiv 2606.21497 made again at {scale}; {seeds}, the test samples after the last epoch, nothing selected by them. "
         f"{len(made)} of {len(reproduction.runs)} runs are finished."
     )
+    if diverged:
+        summary += f" Diverged: {', '.join(diverged)}."
     if missing:
         summary += f" Rows that were not asked for: {', '.join(missing)}."
     runs = [[run.folder.name, str(run.recipe.epochs), str(run.recipe.width), f"{_total(run):.0f}"] for run in made]

@@ -23,6 +23,7 @@ def reproduce_shown(reproduction: Reproduction) -> Results:
                 reproduction,
                 on_run=on_run,
                 on_step=lambda done, steps: progress.update(current, completed=done + 1, total=steps),
+                on_diverged=lambda error: progress.console.print(str(error), highlight=False),
             )
         except KeyboardInterrupt:  # between two runs as well as within one
             raise KeyboardInterrupt(f"stopped and saved in {reproduction.folder}; the same command goes on") from None
