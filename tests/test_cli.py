@@ -16,11 +16,14 @@ import pytest
 
 from hbll import cli
 from hbll.recipes import RECIPES
+from hbll.reproduce.tables import PATHS
 from hbll.train.hold import held
 
 SMALL = ["--blocks", "3", "--width", "16", "--epochs", "2", "--train-samples", "300"]
 
 NEEDS_A_RECIPE = f"hbll train needs the name of a recipe first: {', '.join(RECIPES)}"
+
+NEEDS_A_TABLE = "hbll reproduce needs a table first: " + ", ".join(f"table{number}" for number in range(1, 10))
 
 
 @pytest.fixture
@@ -57,8 +60,10 @@ def trained(tmp_path_factory):
         (["compare", "--help"], ["digits", "mnist-mlp"]),
         (["train", "digits", "--help"], ["--depth", "--method", "--rule", "greedy", "--optimizer", "--resume"]),
         (["compare", "mnist-mlp", "--help"], ["--depth", "--methods", "--rules", "--seeds", "--json"]),
-        (["evaluate", "--help"], ["--path", "--paths", "--exits", "--json"]),
+        (["evaluate", "--help"], ["--path", "--paths", "--exits", "--best", "--json"]),
         (["generate", "--help"], ["--prompt", "--draft", "--num-draft-tokens", "--temperature", "--seed"]),
+        (["train", "cifar10-vit", "--help"], ["--preset", "--missing", "--label-noise", "--rand-augment"]),
+        (["reproduce", "--help"], ["TABLE", "--scale", "--rules", "--corpus"]),
         (["report", "--help"], ["FOLDER"]),
         (["plan", "digits", "--help"], ["--devices", "--mbit", "--delay-ms", "--memory-mib", "--plot"]),
         (["sublinear", "--help"], ["bench", "fit"]),
@@ -102,6 +107,15 @@ def test_help(hbll, arguments, said):
         ("plan digits --memory-mib 0", "--memory-mib must be above 0, not 0.0"),
         ("plan digits --devises 2", "unknown option '--devises'; did you mean --devices?"),
         ("plan char-rnn", "char-rnn has no chain of blocks that could be spread over devices"),
+        ("train cifar10-vit --preset papr", "unknown preset 'papr'; did you mean paper?"),
+        ("train cifar10-vit --preset=papr", "unknown preset 'papr'; did you mean paper?"),
+        ("train cifar10-vit --preset paper --heads 3", "--heads must divide 128, not be 3"),
+        ("reproduce", NEEDS_A_TABLE),
+        ("reproduce --scale paper", NEEDS_A_TABLE),
+        ("reproduce table22", "unknown table 'table22'; did you mean table2?"),
+        ("reproduce table2 --rules papr", "unknown rule of this table 'papr'; did you mean paper?"),
+        ("reproduce table2 --corpus novels", "--corpus is of table5 alone: leave it out"),
+        ("reproduce table2 --epochs 0", "--epochs must be at least 1, not 0"),
         ("sublinear", "hbll sublinear needs an action first: bench, fit"),
         ("sublinear bensh", "unknown action 'bensh'; did you mean bench?"),
         ("sublinear bench --widht 8", "unknown option '--widht'; did you mean --width?"),
@@ -377,11 +391,10 @@ def test_what_cannot_be_generated_is_told(hbll, speaking, arguments, sentence):
     assert err.count("\n") == 1
 
 
-def test_a_text_of_another_vocabulary_is_told(hbll, speaking, monkeypatch):
-    monkeypatch.setattr("hbll.recipes.shakespeare_gpt.tiny_shakespeare", lambda _: "abc")
-    sentence = (
-        "the text has a vocabulary of 3 tokens, and the network in run one of 65: take the text that it was trained on"
-    )
+def test_a_vocabulary_of_another_network_is_told(hbll, speaking):
+    file = Path("run/vocabulary.json")
+    file.write_text(json.dumps({"kind": "characters", "content": "abc"}))
+    sentence = f"{file} has 3 tokens, and the network in run 65: it is another's"
     assert hbll("generate", "run", "--prompt", "abc") == (2, "", f"hbll: {sentence}\n")
 
 
@@ -541,3 +554,52 @@ def test_an_interruption_before_anything_is_begun_is_told(hbll, monkeypatch):
     monkeypatch.setattr("hbll.recipes.digits.Digits.load", interrupt)
     assert hbll("train", "digits") == (130, "", "hbll: interrupted\n")
     assert not list(Path().iterdir())
+
+
+def test_options_that_are_given_go_before_a_preset(hbll, small_data):
+    options = ["--epochs", "1", "--width", "16", "--blocks", "1", "--train-samples", "60", "--batch-size", "30"]
+    arguments = ["cifar10-vit", *options, "--preset", "paper", "--rule", "bp", "--data-dir", small_data]
+    assert hbll("train", *arguments, "--run-dir", "run")[0] == 0
+    stored = json.loads(Path("run/configuration.json").read_text())["options"]
+    assert {option: stored[option] for option in ("preset", "epochs", "width", "batch_size")} == {
+        "preset": "paper",
+        "epochs": 1,
+        "width": 16,
+        "batch_size": 30,
+    }
+    assert (stored["rand_augment"], stored["noise"], stored["learning_rate"]) == (2, 0.005, 5e-4)
+    assert hbll("train", *arguments, "--run-dir", "run", "--resume")[0] == 0
+    assert hbll("train", "cifar10-vit", "--run-dir", "run", "--resume")[0] == 0
+
+
+def test_a_table_is_made_and_shown_beside_the_papers(hbll, small_data):
+    arguments = ["reproduce", "table2", "--rules", "greedy", "--epochs", "1", "--data-dir", small_data]
+    code, out, _ = hbll(*arguments)
+    assert code == 0
+    header, row, page = out.splitlines()
+    assert header.split() == ["rule", *(word for path in PATHS for word in (*path.split(), "paper"))]
+    assert row.split()[0] == "greedy"
+    assert page == "page: runs/table2-small/report.html"
+    (measured,) = json.loads(hbll(*arguments, "--json")[1])["rows"]
+    assert [f"{value:.2f}" for figure in measured["figures"] for value in figure["measured"]] == row.split()[1:]
+
+
+def test_a_table_that_cannot_be_made_says_why(hbll, small_data):
+    arguments = ["table4", "--rules", "bp", "--epochs", "1", "--train-samples", "60", "--data-dir", small_data]
+    code, out, err = hbll("reproduce", *arguments)
+    assert (code, out) == (2, "")
+    assert "--batch-size 128 is more than the 60 training samples" in err
+    assert not Path("runs").exists()
+
+    arguments = ["table5", "--corpus", "novels", "--rules", "bp", "--epochs", "1", "--data-dir", small_data]
+    code, out, err = hbll("reproduce", *arguments)
+    assert (code, out) == (2, "")
+    assert "give --vocabulary-size" in err
+
+
+def test_a_table_without_its_text_names_the_one_that_stands_in(hbll, small_data):
+    code, out, err = hbll("reproduce", "table5", "--data-dir", small_data)
+    assert (code, out) == (2, "")
+    assert "WikiText-103 is not there" in err
+    assert "--corpus novels" in err
+    assert not Path("runs").exists()

@@ -1,4 +1,4 @@
-"""The command line: `hbll train | evaluate | generate | compare | report | plan | sublinear`, and `hbll --version`.
+"""The command line: `hbll train | evaluate | generate | compare | reproduce | report | plan | sublinear | --version`.
 
 Parsing is tyro's, from the option classes below; a recipe's own options come flat among them. What a command needs is
 imported when it runs, so that `hbll --help` answers at once. Results go to stdout, progress and errors to stderr.
@@ -105,6 +105,9 @@ class EvaluateOptions:
     exits: tuple[float, ...] = ()
     """Instead of paths: classify each sample at the first readout that is sure enough to lose so many points of accuracy."""
 
+    best: FlagCreatePairsOff[bool] = False
+    """The weights that were best by the validation samples, in place of the last."""
+
     data_dir: Path | None = None
     """Folder that holds the data sets (the run's own, else $HBLL_DATA, else ~/.cache/hbll)."""
 
@@ -141,8 +144,39 @@ class GenerateOptions:
     num_draft_tokens: int = 4
     """Tokens that are drafted before they are verified."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions:
+    table: Annotated[str, tyro.conf.arg(metavar="TABLE"), Positional]
+    """table1 to table9, as of the paper."""
+
+    scale: Literal["small", "paper"] = "small"
+    """What is trained: small, for minutes a run on two cores; or with the paper's hyper-parameters."""
+
+    rules: tuple[str, ...] = ()
+    """The rules whose rows are made (all of the table's)."""
+
+    seeds: int = 1
+    """Runs of each training, with seeds from 0."""
+
+    corpus: Literal["wikitext-103", "wikitext-2", "novels"] = "wikitext-103"
+    """Of table5, the text; where the paper's cannot be had the hundred novels stand in for it."""
+
+    epochs: int | None = None
+    """Passes over the training samples, in place of what the scale says."""
+
+    train_samples: int | None = None
+    """Train on the first so many samples alone."""
+
     data_dir: Path | None = None
-    """Folder that holds the data sets (the run's own, else $HBLL_DATA, else ~/.cache/hbll)."""
+    """Folder that holds the data sets ($HBLL_DATA, else ~/.cache/hbll)."""
+
+    run_dir: Path | None = None
+    """Folder of the table, with a run's folder for each training and seed; the same command goes on with what lies there
+    (runs/TABLE-SCALE)."""
+
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,13 +250,13 @@ def evaluate(arguments: Sequence[str]) -> None:
     if (names != []) + every + (options.exits != ()) > 1:
         raise ValueError("give --path, --paths all or --exits, one of them")
     if options.exits:
-        found = evaluate_exits(options.run, [points / 100 for points in options.exits], options.data_dir)
+        found = evaluate_exits(options.run, [points / 100 for points in options.exits], options.data_dir, options.best)
         if options.json:
             print(json.dumps({"exits": found}))
         else:
             show_exits(found)
         return
-    paths = evaluate_run(options.run, names, options.data_dir, every=every)
+    paths = evaluate_run(options.run, names, options.data_dir, every=every, best=options.best)
     measures = open_run(options.run).recipe.measures
     plot = options.run / "paths.svg"
     if every:
@@ -269,6 +303,38 @@ def compare(arguments: Sequence[str]) -> None:
         print(json.dumps({"methods": results}))
     else:
         show_results(results, comparison.recipe.measures, page)
+
+
+def reproduce(arguments: Sequence[str]) -> None:
+    """TABLE [OPTIONS]       make a table of the paper again, beside its figures"""
+    from hbll.reproduce import TABLES, Reproduction
+    from hbll.reproduce.shown import reproduce_shown, show_table_of
+    from hbll.reproduce.tables import language
+
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        raise ValueError(f"hbll reproduce needs a table first: {', '.join(TABLES)}")
+    options = _parse(ReproduceOptions, arguments, "hbll reproduce")
+    table = TABLES[check_known(options.table, TABLES, "table")]
+    name = f"{options.table}-{options.scale}"
+    if options.corpus != "wikitext-103":
+        if options.table != "table5":
+            raise ValueError("--corpus is of table5 alone: leave it out")
+        table, name = language(options.corpus), f"{name}-{options.corpus}"
+    given = {option: getattr(options, option) for option in ("epochs", "train_samples")}
+    reproduction = Reproduction(
+        table=table,
+        scale=options.scale,
+        folder=options.run_dir or RUNS / name,
+        rules=options.rules,
+        seeds=options.seeds,
+        options={option: value for option, value in given.items() if value is not None},
+        data_dir=options.data_dir,
+    )
+    results = reproduce_shown(reproduction)
+    if options.json:
+        print(json.dumps({"title": table.title, "rows": results}))
+    else:
+        show_table_of(reproduction, results)
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -324,7 +390,7 @@ def sublinear(arguments: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    command.__name__: command for command in (train, evaluate, generate, compare, report, plan, sublinear)
+    command.__name__: command for command in (train, evaluate, generate, compare, reproduce, report, plan, sublinear)
 }
 
 
@@ -384,10 +450,12 @@ def _recipe_options(
         raise ValueError(f"hbll {command} needs the name of a recipe first: {', '.join(RECIPES)}")
     recipe = RECIPES[check_known(arguments[0], RECIPES, "recipe")]
     prog = f"hbll {command} {recipe.name}"
-    make: Any = recipe  # which has a default for every option
+    preset = _value_of("--preset", arguments) if recipe.presets else None  # what the options that are not given are
     usual = {"method": recipe.methods[0], "methods": recipe.methods}
     known = {field.name for field in fields(kind)}
-    default = kind(recipe=make(), **{name: value for name, value in usual.items() if name in known})
+    default = kind(
+        recipe=recipe.of_preset(preset or "small"), **{name: value for name, value in usual.items() if name in known}
+    )
     options = _parse(kind[recipe], arguments[1:], prog, default)
     if open_stored and options.resume:
         if options.run_dir is None:
@@ -400,6 +468,14 @@ def _recipe_options(
             begun["recipe"] = replace(stored.recipe, depth=None, blocks=None)
         options = _parse(kind[recipe], arguments[1:], prog, kind(**begun))
     return recipe, options
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What an option is given, before the arguments are parsed."""
+    for word, following in pairwise([*arguments, ""]):
+        if word == option or word.startswith(f"{option}="):
+            return following if word == option else word.removeprefix(f"{option}=")
+    return None
 
 
 def _parse(options: Any, arguments: Sequence[str], prog: str, default: Any = None) -> Any:

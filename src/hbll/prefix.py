@@ -117,7 +117,7 @@ def _prefix(values: Tensor, coarse: float | Matrices) -> Tensor:
         for products in level:
             # Entry m sums the last inputs up to m; those w before it are carried across the w segments that follow them.
             width = len(sums) - len(products) + 1
-            found[width:].baddbmm_(sums[:-width], products[1:].mT)
+            found[width:] += sums[:-width] @ products[1:].mT  # lower than the sums where autocast says so
         sums = found
     return sums.view_as(values)
 
@@ -133,7 +133,7 @@ def _suffix(values: Tensor, coarse: float | Matrices) -> Tensor:
         found = sums.clone()
         for products in level:
             width = len(sums) - len(products) + 1
-            found[:-width].baddbmm_(sums[width:], products[:-1])
+            found[:-width] += sums[width:] @ products[:-1]
         sums = found
     return sums.view_as(values)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbll.data.text import Characters, next_characters, tiny_shakespeare
+from hbll.data.text import next_characters, tiny_shakespeare
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 9
 
@@ -34,12 +34,3 @@ def test_a_text_that_is_missing_or_damaged(tmp_path):
     (tmp_path / "tinyshakespeare" / "input.txt").write_text(TEXT)
     with pytest.raises(ValueError, match=r"input\.txt is damaged"):
         tiny_shakespeare(tmp_path)
-
-
-def test_characters_are_numbered_in_their_order():
-    characters = Characters("banana!")
-    assert len(characters) == 4
-    assert characters.encode("ban!") == [2, 1, 3, 0]
-    assert characters.decode([2, 1, 3, 0]) == "ban!"
-    with pytest.raises(ValueError, match="the vocabulary has no 'x', 'é': write the text without"):
-        characters.encode("xénab")

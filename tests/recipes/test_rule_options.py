@@ -28,7 +28,7 @@ def sizes(recipe, method):
 
 @pytest.mark.parametrize("recipe", RECIPES.values())
 def test_every_recipe_of_a_chain_has_the_options(recipe):
-    options = {"stage": 2, "sweeps": 5, "credit_sweeps": 0, "tolerance": 0.1, "rim": 0.5}
+    options = {"stage": 2, "sweeps": 5, "credit_sweeps": 0, "tolerance": 0.1, "noise": 0.1, "rim": 0.5}
     if issubclass(recipe, ChainRecipe):
         assert recipe(**options).chosen() == options
         assert recipe(cuts=2).chosen() == {"cuts": 2}

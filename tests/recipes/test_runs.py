@@ -1,5 +1,7 @@
 """Recipes whose state is more than a vector: they train, go on after an interruption, are evaluated."""
 
+from dataclasses import replace
+
 import pytest
 from tests.stopping import stopped_and_resumed
 
@@ -12,6 +14,10 @@ from hbll.train.run import Run
 
 CONV = RECIPES["cifar10-conv"](blocks=2, width=4, epochs=1, train_samples=90, batch_size=30)
 GPT = RECIPES["shakespeare-gpt"](blocks=2, width=8, context=16, epochs=1, train_samples=60, batch_size=20)
+VIT = RECIPES["cifar100-vit"](
+    blocks=2, width=8, heads=2, patch=8, epochs=1, train_samples=48, batch_size=8, accumulate=2, precision="bfloat16"
+)
+NOVELS = RECIPES["novels-gpt"](blocks=2, width=8, context=16, epochs=1, batch_size=8, vocabulary_size=300)
 
 
 def weights(run):
@@ -20,7 +26,11 @@ def weights(run):
 
 @pytest.mark.parametrize(
     ("recipe", "method"),
-    [(CONV, name) for name in RULES] + [(GPT, name) for name in RULES if name != "ff"],  # which writes into pixels
+    [(CONV, name) for name in RULES]
+    + [(GPT, name) for name in RULES if name != "ff"]  # which writes into pixels
+    + [(VIT, name) for name in ("paper", "tree", "scan", "stream", "greedy", "bp")]
+    + [(NOVELS, name) for name in ("paper", "scan", "stream", "bp")]
+    + [(replace(NOVELS, positions="rotary"), name) for name in ("paper", "stream", "bp")],
     ids=lambda part: getattr(part, "name", part),
 )
 def test_a_run_is_trained_resumed_and_evaluated(small_data, tmp_path, recipe, method):

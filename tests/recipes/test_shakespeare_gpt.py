@@ -30,6 +30,7 @@ def test_a_character_is_predicted_from_those_before_it():
     [
         ({"context": 0}, "--context must be at least 1, not 0"),
         ({"width": 7}, "--width must be a multiple of its 2 attention heads, not 7"),
+        ({"width": 6, "positions": "rotary"}, "--positions rotary .* --width must be a multiple of 4"),
         ({"width": 200}, "--width must be a multiple of its 3 attention heads, not 200"),
     ],
 )

@@ -178,6 +178,25 @@ def test_leaving_early_is_calibrated_on_half_of_the_samples_and_measured_on_the_
         assert list(found["shares"]) == [readout.name for readout in readouts]
 
 
+def test_validation_samples_calibrate_where_there_are_any(tmp_path):
+    recipe = RECIPES["digits"](blocks=3, width=16, epochs=2, validation_samples=200)
+    run = Run(recipe=recipe, method="paper", seed=0, folder=tmp_path)
+    train(run)
+    splits, rule = recipe.splits(None), load_rule(run)
+    chain, *rim = rule.network.readouts
+    with torch.no_grad():
+        valid, test = (
+            torch.stack([rule.network(part.inputs, path=readout) for readout in [*rim, chain]])
+            for part in (splits.valid, splits.test)
+        )
+    threshold = calibrate(confidence(valid), valid.argmax(-1) == splits.valid.labels, 0.02)
+    exits = first_exits(confidence(test), threshold)
+    (found,) = [one for one in evaluate_exits(tmp_path, [0.02]) if one["exits"] == "rim"]
+    right = test.argmax(-1) == splits.test.labels
+    assert found["accuracy"] == pytest.approx(right.gather(0, exits[None]).double().mean().item())
+    assert found["full_accuracy"] == pytest.approx(right[-1].double().mean().item())
+
+
 def test_what_cannot_leave_early_is_told(tmp_path):
     trained(tmp_path, "dfa", blocks=1)
     with pytest.raises(ValueError, match="dfa on digits has no readout to leave at before the chain's"):

@@ -96,6 +96,7 @@ def be_killed():
         (replace(SMALL, optimizer="muon", error_feedback=True, schedule="cosine"), "2bw", 6),
         (Noisy(**vars(SMALL)), "paper", 6),
         (Shaken(**vars(SMALL)), "paper", 6),
+        (Shaken(**vars(replace(SMALL, accumulate=2, precision="bfloat16", validation_samples=100))), "stream", 3),
     ],
 )
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, step):
@@ -106,6 +107,56 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, s
     torch.manual_seed(99)  # another process would have other random numbers
     train(stopped, resume=True)
     assert outcome(stopped) == outcome(whole)
+
+
+def test_batches_that_accumulate_are_a_step_on_all_of_them(tmp_path):
+    recipe = replace(SMALL, optimizer="adamw", epochs=1, train_samples=256)
+    whole, parts = (
+        run_in(tmp_path / "whole", recipe, "bp"),
+        run_in(tmp_path / "parts", replace(recipe, batch_size=16, accumulate=4), "bp"),
+    )
+    for run in (whole, parts):
+        train(run)
+    one, other = (checkpoint.load(run.checkpoint_file)["rule"] for run in (whole, parts))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-5)
+    (line,), (accumulated,) = (metrics.read(run.metrics_file) for run in (whole, parts))
+    assert accumulated.loss == pytest.approx(line.loss, rel=1e-4)
+    assert accumulated.work == 4 * line.work
+
+
+def test_steps_are_lowered_to_the_precision(tmp_path):
+    seen = []
+
+    class Watched(Digits):
+        def network(self):
+            network = super().network()
+            network.head.register_forward_hook(lambda head, inputs, output: seen.append((head.training, output.dtype)))
+            return network
+
+    options = vars(replace(SMALL, epochs=1))
+    train(run_in(tmp_path / "low", Watched(**{**options, "precision": "bfloat16"}), "bp"))
+    assert {dtype for training, dtype in seen if training} >= {torch.bfloat16}
+    assert {dtype for training, dtype in seen if not training} == {torch.float32}
+
+
+def test_the_weights_best_by_the_validation_samples_are_kept(tmp_path, monkeypatch):
+    recipe = replace(SMALL, epochs=8, validation_samples=100, learning_rate=0.03)
+    run, states = run_in(tmp_path, recipe, "bp"), []
+    train(run, on_epoch=lambda line: states.append(checkpoint.load(run.checkpoint_file)["rule"]))
+    values = [line.validation["accuracy"] for line in metrics.read(run.metrics_file)]
+    first_best = values.index(max(values))
+    kept = checkpoint.load(run.best_file)
+    assert kept["epoch"] == first_best + 1
+    assert all(tensor.equal(kept["rule"][name]) for name, tensor in states[first_best].items())
+    assert evaluate_run(tmp_path, best=True) == metrics.read(run.metrics_file)[first_best].paths
+    assert evaluate_run(tmp_path) == metrics.read(run.metrics_file)[-1].paths
+
+
+def test_without_validation_samples_there_is_no_best(tmp_path):
+    train(run_in(tmp_path, replace(SMALL, epochs=1)))
+    with pytest.raises(ValueError, match=r"has no best\.safetensors: no epoch of it was measured on validation"):
+        evaluate_run(tmp_path, best=True)
 
 
 def test_samples_are_varied_anew_in_every_step_and_alike_for_every_method(tmp_path):
@@ -302,7 +353,10 @@ def test_a_checkpoint_of_another_version_is_told(tmp_path, part):
     train(run)
     state = checkpoint.load(run.checkpoint_file)
     checkpoint.save(run.checkpoint_file, state | {part: {"letters": 26}})
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors was made by another version, .*: begin a new run"):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint\.safetensors is of another network or was made by another version.*: begin a new run",
+    ):
         train(replace(run, recipe=replace(SMALL, epochs=4)), resume=True)
 
 
@@ -310,7 +364,10 @@ def test_a_checkpoint_of_another_version_cannot_be_evaluated(tmp_path):
     run = run_in(tmp_path, method="bp")
     train(run)
     checkpoint.save(run.checkpoint_file, {"network": checkpoint.load(run.checkpoint_file)["rule"]})
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors was made by another version, .*: begin a new run"):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint\.safetensors is of another network or was made by another version.*: begin a new run",
+    ):
         evaluate_run(tmp_path)
 
 

@@ -1,14 +1,13 @@
 """Tiny Shakespeare (Karpathy 2015): about a million characters of plays, and sequences of characters cut from a text."""
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from hbll.data.location import data_folder
 from hbll.data.splits import Samples, Splits
+from hbll.data.vocabulary import Characters
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 """Of the published input.txt."""
@@ -39,49 +38,10 @@ def tiny_shakespeare(data_dir: Path | None = None) -> str:
     return content.decode()
 
 
-class Tokenizer(Protocol):
-    """What turns text into tokens, and tokens into text."""
-
-    def __len__(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
-
-
-class Characters:
-    """The different characters of a text as tokens, numbered in their order.
-
-    Args:
-        text: all of it.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.characters = sorted(set(text))
-        self._numbers = {character: number for number, character in enumerate(self.characters)}
-
-    def __len__(self) -> int:
-        return len(self.characters)
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text.
-
-        Raises:
-            ValueError: it has characters that are none of them.
-        """
-        if unknown := sorted(set(text) - set(self.characters)):
-            raise ValueError(f"the vocabulary has no {', '.join(map(repr, unknown))}: write the text without")
-        return [self._numbers[character] for character in text]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens."""
-        return "".join(self.characters[token] for token in tokens)
-
-
 def next_characters(text: str, length: int) -> Splits:
     """The text in sequences that do not overlap, each character to be predicted from those before it.
 
-    Characters are numbered as ``Characters`` does, by the whole text.
+    Characters are numbered in their order among the sorted different ones of the whole text.
 
     Args:
         text: what to cut.
@@ -93,7 +53,7 @@ def next_characters(text: str, length: int) -> Splits:
     Raises:
         ValueError: the text is too short for a sequence to train and one to test on.
     """
-    codes = torch.tensor(Characters(text).encode(text))
+    codes = torch.tensor(Characters.of([text]).encode(text))
     border = len(codes) - len(codes) // TEST_SHARE
     if min(border, len(codes) - border) <= length:
         raise ValueError(f"a text of {len(text)} characters is too short for sequences of {length}")

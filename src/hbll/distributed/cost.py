@@ -590,11 +590,9 @@ def balanced(costs: Costs, stages: int, samples: float, readout: ReadoutKind | N
             end = first
         return tuple(reversed(sizes))
 
-    # An even cut is no slower than this, whatever blocks it copies.
-    copies = 0 if readout is None else 1 + stages.bit_length()
-    high = (-(-count // stages) + copies) * max(map(of, costs.blocks)) + front + head
-    low, best = 0.0, cut(high)
-    assert best is not None
+    low, high = 0.0, max(map(of, costs.blocks)) + front + head
+    while (best := cut(high)) is None:
+        low, high = high, 2 * high
     while high - low > 1e-6 * high:
         middle = (low + high) / 2
         found = cut(middle)

@@ -130,11 +130,11 @@ class Cell(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """The input map, (..., inputs) to (..., Γ H): for all steps at once, since it needs no state."""
-        return F.linear(x, self.weight_ih, self.bias_ih)
+        return F.linear(x, self.weight_ih, self.bias_ih).to(self.weight_ih.dtype)  # which autocast may have lowered
 
     def recur(self, state: Tensor) -> Tensor:
         """The recurrent map, (..., S H) to (..., Γ H)."""
-        return F.linear(self.hidden(state), self.weight_hh, self.bias_hh)
+        return F.linear(self.hidden(state), self.weight_hh, self.bias_hh).to(self.weight_hh.dtype)
 
     def advance(self, driven: Tensor, state: Tensor) -> Tensor:
         """One step from a projected input (..., Γ H) and a state (..., S H)."""

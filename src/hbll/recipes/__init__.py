@@ -10,6 +10,8 @@ from hbll.recipes.char_rnn import CharRnn
 from hbll.recipes.cifar10_conv import Cifar10Conv
 from hbll.recipes.cifar10_resnet import Cifar10Resnet
 from hbll.recipes.cifar10_vgg import Cifar10Vgg
+from hbll.recipes.cifar_vit import Cifar10Vit, Cifar100Vit
+from hbll.recipes.corpus_gpt import NovelsGpt, WikitextGpt
 from hbll.recipes.digits import Digits
 from hbll.recipes.measures import Measure
 from hbll.recipes.mnist_mlp import MnistMlp
@@ -26,10 +28,14 @@ RECIPES: Mapping[str, type[Recipe]] = {
         Cifar10Conv,
         Cifar10Resnet,
         Cifar10Vgg,
+        Cifar10Vit,
+        Cifar100Vit,
         Digits,
         MnistMlp,
         MnistNormedMlp,
+        NovelsGpt,
         SequentialMnist,
         ShakespeareGpt,
+        WikitextGpt,
     )
 }

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hbll.cut import even
 from hbll.data import Splits
-from hbll.data.text import Tokenizer
+from hbll.data.vocabulary import Vocabulary
 from hbll.names import check_known
 from hbll.network import Chain, Readout
 from hbll.recipes.measures import ACCURACY, Measure
@@ -25,6 +25,8 @@ from hbll.rules.pipeline import Pipeline
 from hbll.sublinear.memory import refuse_beyond
 
 Schedule = Literal["constant", "linear", "cosine"]
+
+OptimizerName = Literal["adamw", "muon", "nadam"]
 
 WEIGHT_BYTES, BLOCK_BYTES = 16, 2**13
 """What training takes at least: for a weight itself, its gradient and two moments; for a block Python's objects."""
@@ -43,6 +45,9 @@ class Recipe(ABC):
     threads: ClassVar[int | None] = None
     """CPU threads that training takes; None: torch's own number. Layers of a few hundred units are as fast on one thread,
     and then do not wait for each other's threads where other work runs beside."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Options by the name of a preset, of recipes that have an option `preset`; its default, `small`, has the defaults."""
 
     measures: ClassVar[tuple[Measure, ...]] = (ACCURACY,)
     """What networks are measured by on the test samples; curves and spreads are of the first."""
@@ -65,7 +70,7 @@ class Recipe(ABC):
     batch_size: int = 64
     """Samples of a step. What an epoch leaves over, fewer than that, waits for the next: rules may keep batches."""
 
-    optimizer: Literal["adamw", "muon", "nadam"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     """What moves the weights: adamw; muon the matrices inside blocks, and adamw the rest at the same rate and decay; or
     nadam with a beta1 of .99, for gradients that come late."""
 
@@ -84,13 +89,26 @@ class Recipe(ABC):
     gradient_clip: float | None = None
     """Norm that the gradients of the network, and those of the rule's own weights, are each cut down to."""
 
+    accumulate: int = 1
+    """Batches of a training step, over which gradients are averaged."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: training steps under autocast, which lowers what may be lowered to it."""
+
     train_samples: int | None = None
     """Train on the first so many samples alone."""
+
+    @classmethod
+    def of_preset(cls, name: str, **options: Any) -> Self:
+        """The recipe with the options of a preset, but for those that are given; ValueError when it has none like it."""
+        check_known(name, ["small", *cls.presets], "preset")
+        make: Any = cls  # which has a default for every option
+        return make(**{"preset": name, **cls.presets.get(name, {}), **options} if cls.presets else options)
 
     def __post_init__(self) -> None:
         if self.depth is not None and self.blocks is not None:
             raise ValueError("give --depth or --blocks, not both")
-        for option in ("depth", "blocks", "width", "epochs", "batch_size", "train_samples"):
+        for option in ("depth", "blocks", "width", "epochs", "batch_size", "accumulate", "train_samples"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ValueError(f"{flag(option)} must be at least 1, not {value}")
@@ -113,10 +131,15 @@ class Recipe(ABC):
         splits = self.load(data_dir)
         if self.train_samples is not None and self.train_samples > len(splits.train):
             raise ValueError(f"--train-samples {self.train_samples} is more than the {len(splits.train)} there are")
-        splits = Splits(splits.train[: self.train_samples], splits.test)
-        if self.batch_size > len(splits.train):
-            raise ValueError(f"--batch-size {self.batch_size} is more than the {len(splits.train)} training samples")
+        splits = replace(splits, train=splits.train[: self.train_samples])
+        if self.batch_size * self.accumulate > len(splits.train):
+            size = f"--batch-size {self.batch_size}" + (f" x {self.accumulate}" if self.accumulate > 1 else "")
+            raise ValueError(f"{size} is more than the {len(splits.train)} training samples")
         return splits
+
+    def vocabulary(self, data_dir: Path | None) -> Vocabulary | None:
+        """The tokens that inputs and labels are numbers of, where they are a text's."""
+        return None
 
     def initial_network(self, seed: int) -> nn.Module:
         """The network before training; the same for every method, so that methods differ in nothing else.
@@ -151,8 +174,9 @@ class Recipe(ABC):
         network = self.initial_network(0)
         for method in methods:
             self.rule(method, network, None)
+        usual = self.of_preset(getattr(self, "preset", "small"))
         for field in fields(self):
-            given = getattr(self, field.name) != field.default
+            given = getattr(self, field.name) != getattr(usual, field.name)
             if given and not any(self.reads(method, field.name) for method in methods):
                 raise ValueError(f"{flag(field.name)} does nothing for {', '.join(methods)}: leave it out")
 
@@ -167,10 +191,6 @@ class Recipe(ABC):
     def other_readout(self, rule: Rule, name: str) -> Readout:
         """A readout by a user's name for it; ValueError when there is none like it."""
         return rule.readout(name)
-
-    def tokenizer(self, data_dir: Path | None) -> Tokenizer:
-        """How text becomes tokens and tokens text; ValueError when the recipe's network generates none."""
-        raise ValueError(f"{self.name} is no language model of blocks, which alone generates text")
 
     @abstractmethod
     def rule(self, method: str, network: Any, example: Any) -> Rule:
@@ -225,6 +245,9 @@ class ChainRecipe(Recipe):
     refresh: int | None = None
     """Of stream with copies, and solo: steps after which copies and originals meet (never; solo: reads the head, 1)."""
 
+    noise: float | None = None
+    """Of the methods paper and tree: standard deviation of the noise on every target (the methods' own: 0)."""
+
     rim: float | None = None
     """Weight of the mean loss of the rim's paths, which keeps short paths accurate (the method's own: 0)."""
 
@@ -238,7 +261,7 @@ class ChainRecipe(Recipe):
             least = 1 if option in ("stage", "cuts", "sweeps", "readout_depth", "refresh") else 0
             for number in value if isinstance(value, tuple) else [value]:
                 if not least <= number < math.inf:
-                    finite = " and finite" if option in ("tolerance", "rim") else ""
+                    finite = " and finite" if option in ("tolerance", "noise", "rim") else ""
                     raise ValueError(f"{flag(option)} must be at least {least}{finite}, not {number}")
 
     def chosen(self) -> dict[str, Any]:
@@ -280,6 +303,7 @@ RULE_OPTIONS = (
     "readout_depth",
     "copies",
     "refresh",
+    "noise",
     "rim",
 )
 """Those options of a chain's recipe that its rule reads."""

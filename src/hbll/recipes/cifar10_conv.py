@@ -6,13 +6,11 @@ from typing import ClassVar
 from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
 from hbll.network import Chain
 from hbll.recipes.base import ChainRecipe
-from hbll.recipes.cifar10_images import Cifar10Images
-
-CLASSES = 10
+from hbll.recipes.images import CifarImages
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10Conv(Cifar10Images, ChainRecipe):
+class Cifar10Conv(CifarImages, ChainRecipe):
     """ConvNeXt-like blocks on patches of 4 x 4 pixels of CIFAR-10, whose images are shifted and mirrored at random."""
 
     name: ClassVar[str] = "cifar10-conv"
@@ -34,5 +32,5 @@ class Cifar10Conv(Cifar10Images, ChainRecipe):
         return Chain(
             embed=patch_embed(self.width),
             blocks=[ConvBlock(self.width) for _ in range(self.block_count)],
-            head=ConvHead(self.width, CLASSES),
+            head=ConvHead(self.width, self.classes),
         )

@@ -8,11 +8,11 @@ from torch import nn
 from hbll.models.resnet import resnet18
 from hbll.network import Chain
 from hbll.recipes.base import LayeredRecipe
-from hbll.recipes.cifar10_images import Cifar10Images
+from hbll.recipes.images import CifarImages
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10Resnet(Cifar10Images, LayeredRecipe):
+class Cifar10Resnet(CifarImages, LayeredRecipe):
     """ResNet-18 with a 3 x 3 stem on CIFAR-10, whose states change shape, for bp and local rules."""
 
     name: ClassVar[str] = "cifar10-resnet"

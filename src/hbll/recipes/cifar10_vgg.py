@@ -8,11 +8,11 @@ from torch import nn
 from hbll.models.vgg import vgg8b
 from hbll.network import Chain
 from hbll.recipes.base import LayeredRecipe, PredsimRecipe
-from hbll.recipes.cifar10_images import Cifar10Images
+from hbll.recipes.images import CifarImages
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10Vgg(PredsimRecipe, Cifar10Images, LayeredRecipe):
+class Cifar10Vgg(PredsimRecipe, CifarImages, LayeredRecipe):
     """VGG8b on CIFAR-10, for bp and the rules of networks cut into blocks (predsim 5.58 % error, bp 5.99)."""
 
     name: ClassVar[str] = "cifar10-vgg"

@@ -11,13 +11,15 @@ from hbll.data import Splits
 from hbll.models.mlp import SkipBlock
 from hbll.network import Chain
 from hbll.recipes.base import ChainRecipe
+from hbll.recipes.images import ImageRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits(ChainRecipe):
+class Digits(ImageRecipe, ChainRecipe):
     """ReLU blocks with a skip on scikit-learn's bundled digits (needs no download)."""
 
     name: ClassVar[str] = "digits"
+    image: ClassVar[tuple[int, int, int]] = (1, 8, 8)
     threads: ClassVar[int | None] = 1
 
     width: int = 64
@@ -29,7 +31,7 @@ class Digits(ChainRecipe):
     learning_rate: float = 2e-3
     """The optimizer's, at its highest."""
 
-    def load(self, data_dir: Path | None) -> Splits:
+    def images(self, data_dir: Path | None) -> Splits:
         return data.digits()
 
     def network(self) -> Chain:

@@ -1,20 +1,18 @@
 """The paper's Table 1: a sigmoid network on MNIST, without skips and without norms."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
 
-from hbll import data
-from hbll.data import Splits
 from hbll.models.mlp import sigmoid_layer
 from hbll.network import Chain
 from hbll.recipes.base import ChainRecipe
+from hbll.recipes.images import MnistImages
 
 
 @dataclass(frozen=True, kw_only=True)
-class MnistMlp(ChainRecipe):
+class MnistMlp(MnistImages, ChainRecipe):
     """Sigmoid layers without skip or norm on MNIST (the paper's Table 1; its 4, 8, 16 layers are --depth 2, 3, 4)."""
 
     name: ClassVar[str] = "mnist-mlp"
@@ -26,9 +24,6 @@ class MnistMlp(ChainRecipe):
 
     epochs: int = 100
     """Passes over the training samples."""
-
-    def load(self, data_dir: Path | None) -> Splits:
-        return data.mnist(data_dir)
 
     def network(self) -> Chain:
         # The embed ends in the sigmoid as well: with a linear one the 16 layers reach 88.4 % instead of 94.7.

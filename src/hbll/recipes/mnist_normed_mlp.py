@@ -1,25 +1,23 @@
 """The MNIST network of Nøkland & Eidnes (arXiv 1901.06656): leaky ReLU layers with batch norm and dropout."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
-from hbll import data
-from hbll.data import Splits
 from hbll.data.augment import shift
 from hbll.models.mlp import normed_layer
 from hbll.network import Chain
 from hbll.recipes.base import ChainRecipe, PredsimRecipe
+from hbll.recipes.images import MnistImages
 
 MARGIN = 2
 """Pixels that a training image is moved by at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MnistNormedMlp(PredsimRecipe, ChainRecipe):
+class MnistNormedMlp(PredsimRecipe, MnistImages, ChainRecipe):
     """Normed leaky ReLU layers on MNIST, moved by up to 2 pixels (predsim's network: 0.62 % error, 0.75 by bp)."""
 
     name: ClassVar[str] = "mnist-normed-mlp"
@@ -38,9 +36,6 @@ class MnistNormedMlp(PredsimRecipe, ChainRecipe):
     def block_count(self) -> int:
         """Number of blocks of the network, N - 1: with the embed, the paper's three layers unless it is given."""
         return 2 if self.depth is None and self.blocks is None else super().block_count
-
-    def load(self, data_dir: Path | None) -> Splits:
-        return data.mnist(data_dir)
 
     def augment(self, inputs: Tensor, draw: np.random.Generator) -> Tensor:
         return shift(inputs.view(-1, 1, 28, 28), draw, MARGIN).flatten(1)

@@ -1,6 +1,6 @@
 """Sequential MNIST: an image as a sequence of chunks of pixels, in their order or in a random one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hbll import data
 from hbll.data import Samples, Splits
-from hbll.recipes.base import Recipe
+from hbll.recipes.images import MnistImages
 from hbll.recurrent import CELLS, DepthCells, RecurrentNetwork, RecurrentRule, make_rule
 
 PIXELS = 784
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequentialMnist(Recipe):
+class SequentialMnist(MnistImages):
     """A recurrent network on MNIST, chunk by chunk (the paper's section 4.5), by hbll, paper, bptt, bptt-fused or deer."""
 
     name: ClassVar[str] = "sequential-mnist"
@@ -55,11 +54,12 @@ class SequentialMnist(Recipe):
         return -(-PIXELS // self.length)
 
     def load(self, data_dir: Path | None) -> Splits:
-        splits = data.mnist(data_dir)
-        return Splits(self._sequences(splits.train), self._sequences(splits.test))
+        splits = super().load(data_dir)
+        valid = splits.valid and self._sequences(splits.valid)
+        return Splits(self._sequences(splits.train), self._sequences(splits.test), valid)
 
     def _sequences(self, samples: Samples) -> Samples:
-        return Samples(self.sequences(samples.inputs), samples.labels)
+        return replace(samples, inputs=self.sequences(samples.inputs))
 
     def sequences(self, images: Tensor) -> Tensor:
         """Images (n, 784) as (n, N, pixels of a chunk); where N does not divide 784, zeros come before the start."""

@@ -41,7 +41,8 @@ def understood(file: Path) -> Iterator[None]:
         yield
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{file} was made by another version, which this one cannot go on with: begin a new run"
+            f"{file} is of another network or was made by another version, neither of which this run can go on with: "
+            "begin a new run"
         ) from error
 
 

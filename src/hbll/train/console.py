@@ -25,7 +25,7 @@ _NAME_WIDTH = 12
 def train_shown(run: Run, *, resume: bool) -> None:
     """`train`, with a bar, a line an epoch, and at the end what each path came to."""
     measures = run.recipe.measures
-    with _progress() as progress:
+    with progress_bars() as progress:
         bar = progress.add_task(f"{run.recipe.name}, {run.method}, seed {run.seed}", total=None)
 
         def on_epoch(line: Metrics) -> None:
@@ -49,7 +49,7 @@ def train_shown(run: Run, *, resume: bool) -> None:
 def compare_shown(comparison: Comparison, *, resume: bool) -> list[MethodResult]:
     """`compare`, with a bar for the runs and one for the run under way."""
     runs = len(comparison.methods) * comparison.seeds
-    with _progress() as progress:
+    with progress_bars() as progress:
         overall = progress.add_task("runs", total=runs)
         current = progress.add_task("")
         started = -1
@@ -111,7 +111,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(table)
 
 
-def _progress() -> Progress:
+def progress_bars() -> Progress:
     """Bars on stderr while a person is looking; nothing when it goes to a file."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,7 +1,7 @@
 """A trained network measured along its paths and at the readouts of its stages: how good, and at what cost."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeAlias
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from hbll.data import Samples
+from hbll.data.vocabulary import load_vocabulary
 from hbll.exits import calibrate, classify, confidence, logits_at
+from hbll.losses import IGNORED
 from hbll.modes import evaluating
 from hbll.network import Chain, Readout
 from hbll.recipes import Measure
@@ -23,12 +25,12 @@ TIMED_SECONDS = 0.1
 """For which a readout is evaluated again and again to see how long it takes."""
 
 BATCH_SIZE = 1000
-"""Samples evaluated at once: bounds the memory, changes no result."""
+"""Labels predicted at once, of one sample at least: bounds the memory, changes no result."""
 
 PathResult: TypeAlias = dict[str, Any]
 """What a path came to: its name as `path`, the `blocks` that it evaluates, and every measure of the recipe under the
 measure's own name, None where it is not finite. If asked for, what it costs: the `parameters` of all that it evaluates,
-embed and head among it, and the `milliseconds` for a sample, in batches of `BATCH_SIZE`."""
+embed and head among it, and the `milliseconds` for a sample, in batches of `BATCH_SIZE` labels."""
 
 ExitResult: TypeAlias = dict[str, Any]
 """What leaving early came to on the samples that were not calibrated on: `exits`, the readouts to leave at (`stages` or
@@ -37,17 +39,28 @@ ExitResult: TypeAlias = dict[str, Any]
 name the `shares` of the samples that left at each readout."""
 
 
-def load_rule(run: Run) -> Rule:
-    """The rule of a run, and with it the network, as its checkpoint has them; ValueError when that cannot be read."""
+def load_rule(run: Run, best: bool = False) -> Rule:
+    """The rule of a run, and with it the network, as its checkpoint has them, or those best by the validation samples.
+
+    ValueError when they cannot be read.
+    """
+    file = run.best_file if best else run.checkpoint_file
+    if best and not file.is_file():
+        raise ValueError(f"{run.folder} has no {file.name}: no epoch of it was measured on validation samples")
     rule = run.recipe.rule(run.method, run.recipe.network(), None)
-    state = run.load_checkpoint()
-    with checkpoint.understood(run.checkpoint_file):
+    state = checkpoint.load(file) if best else run.load_checkpoint()
+    with checkpoint.understood(file):
         rule.load_state_dict(state["rule"])
     return rule
 
 
 def evaluate_run(
-    folder: FilePath, names: Sequence[str] = (), data_dir: FilePath | None = None, *, every: bool = False
+    folder: FilePath,
+    names: Sequence[str] = (),
+    data_dir: FilePath | None = None,
+    *,
+    every: bool = False,
+    best: bool = False,
 ) -> list[PathResult]:
     """A run's network measured on the test samples along the paths of those names, or the usual ones.
 
@@ -56,14 +69,17 @@ def evaluate_run(
         names: of paths, and of readouts of stages.
         data_dir: of the data set; None: the run's own.
         every: the readouts of all stages instead, and a path of each number of blocks, with what they cost.
+        best: as of `load_rule`.
 
     Raises:
-        ValueError: `folder` holds no run, a name is no path, or the data are missing.
+        ValueError: `folder` holds no run, a name is no path, or the data are missing or in other tokens than the run's.
     """
     run = open_run(folder)
     recipe = run.recipe
-    rule = load_rule(run).to(device())
-    test = recipe.splits(data_dir or run.data_dir).test.to(device())
+    rule = load_rule(run, best).to(device())
+    data_dir = data_dir or run.data_dir
+    test = recipe.splits(data_dir).test.to(device())
+    check_vocabulary(run, data_dir)
     rule.build(test.inputs[:1])
     usual = {readout.name: readout for readout in recipe.readouts(rule)}
     asked = [usual[name] if name in usual else recipe.other_readout(rule, name) for name in names]
@@ -73,19 +89,22 @@ def evaluate_run(
     readouts = recipe.all_readouts(rule)
     results = measured(rule, test, readouts, recipe.measures)
     with evaluating(rule):
-        costs = [_cost(rule.network, test.inputs[:BATCH_SIZE], readout) for readout in readouts]
+        costs = [_cost(rule.network, test.inputs[: _batch_size(test)], readout) for readout in readouts]
     return [result | cost for result, cost in zip(results, costs, strict=True)]
 
 
-def evaluate_exits(folder: FilePath, losses: Sequence[float], data_dir: FilePath | None = None) -> list[ExitResult]:
+def evaluate_exits(
+    folder: FilePath, losses: Sequence[float], data_dir: FilePath | None = None, best: bool = False
+) -> list[ExitResult]:
     """What leaving a run's classifier at the first readout that is sure enough comes to.
 
-    There is no validation split: every other test sample calibrates, and the rest are measured.
+    The validation samples calibrate; where there are none every other test sample does, and the rest are measured.
 
     Args:
         folder: of the run.
         losses: of accuracy, shares of the samples, each of which is to be borne.
         data_dir: of the data set; None: the run's own.
+        best: as of `load_rule`.
 
     Raises:
         ValueError: as `evaluate_run`; a loss is negative; or the run has no classes of whole samples, or no readout but the
@@ -93,8 +112,9 @@ def evaluate_exits(folder: FilePath, losses: Sequence[float], data_dir: FilePath
     """
     run = open_run(folder)
     recipe = run.recipe
-    rule = load_rule(run).to(device())
-    test = recipe.splits(data_dir or run.data_dir).test.to(device())
+    rule = load_rule(run, best).to(device())
+    splits = recipe.splits(data_dir or run.data_dir).to(device())
+    test = splits.test
     if test.labels.ndim != 1:
         raise ValueError(
             f"{recipe.name} predicts every token of a sequence: confidence exits are for classes of samples"
@@ -105,16 +125,16 @@ def evaluate_exits(folder: FilePath, losses: Sequence[float], data_dir: FilePath
     sequences = {name: readouts for name, readouts in sequences.items() if len(readouts) > 1}
     if not isinstance(rule.network, Chain) or not sequences:
         raise ValueError(f"{run.method} on {recipe.name} has no readout to leave at before the chain's")
+    held_out, rest = (splits.valid, test) if splits.valid else (test[::2], test[1::2])
     with evaluating(rule):
         return [
-            {"exits": name, "loss": loss, **_leaving(rule.network, readouts, test, loss)}
+            {"exits": name, "loss": loss, **_leaving(rule.network, readouts, held_out, rest, loss)}
             for name, readouts in sequences.items()
             for loss in losses
         ]
 
 
-def _leaving(network: Chain, readouts: Sequence[Readout], samples: Samples, loss: float) -> ExitResult:
-    held_out, rest = samples[::2], samples[1::2]
+def _leaving(network: Chain, readouts: Sequence[Readout], held_out: Samples, rest: Samples, loss: float) -> ExitResult:
     logits = torch.cat([logits_at(network, readouts, inputs) for inputs in held_out.inputs.split(BATCH_SIZE)], 1)
     threshold = calibrate(confidence(logits), logits.argmax(-1) == held_out.labels, loss)
     batches = rest.inputs.split(BATCH_SIZE)
@@ -135,6 +155,16 @@ def _share(which: Tensor) -> float:
     return which.double().mean().item()
 
 
+def check_vocabulary(run: Run, data_dir: FilePath | None) -> None:
+    """ValueError if the data are in other tokens than those that a run was trained on."""
+    vocabulary = run.recipe.vocabulary(data_dir)
+    if vocabulary is not None and vocabulary != load_vocabulary(run.vocabulary_file):
+        raise ValueError(
+            f"the tokens of the data are not those of {run.vocabulary_file}, which its network was trained on: name the "
+            "folder with the same data by --data-dir"
+        )
+
+
 @torch.no_grad()
 def measured(
     rule: Rule, samples: Samples, readouts: Iterable[Readout], measures: Sequence[Measure]
@@ -151,11 +181,28 @@ def _means(
     network: nn.Module, samples: Samples, readout: Readout, measures: Sequence[Measure]
 ) -> dict[str, float | None]:
     sums = torch.zeros(len(measures), dtype=torch.float64, device=samples.labels.device)
-    for inputs, labels in zip(samples.inputs.split(BATCH_SIZE), samples.labels.split(BATCH_SIZE), strict=True):
+    size = _batch_size(samples)
+    for inputs, labels in zip(samples.inputs.split(size), samples.labels.split(size), strict=True):
         logits = _scores(network, inputs, readout)
         sums += torch.stack([measure.values(logits, labels).sum(dtype=torch.float64) for measure in measures])
-    means = (sums / samples.labels.numel()).tolist()  # of sequences, every step counts
-    return {measure.name: mean if math.isfinite(mean) else None for measure, mean in zip(measures, means, strict=True)}
+    units = {"labels": int((samples.labels != IGNORED).sum()), **samples.units}  # of sequences, every step counts
+    return {
+        measure.name: _finite(measure.of_mean, total / units[measure.per])
+        for measure, total in zip(measures, sums.tolist(), strict=True)
+    }
+
+
+def _batch_size(samples: Samples) -> int:
+    """Samples evaluated at once."""
+    return max(1, BATCH_SIZE * len(samples) // samples.labels.numel())
+
+
+def _finite(of_mean: Callable[[float], float], mean: float) -> float | None:
+    try:
+        value = of_mean(mean)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _scores(network: nn.Module, inputs: Tensor, readout: Readout) -> Tensor:

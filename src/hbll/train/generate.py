@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from hbll.data.vocabulary import load_vocabulary
 from hbll.generate import Generation, generate
 from hbll.network import PathLike
 from hbll.recipes import Recipe
@@ -21,7 +22,6 @@ def generate_run(
     path: str | None = None,
     draft: str | None = None,
     seed: int = 0,
-    data_dir: Path | None = None,
     num_draft_tokens: int = 4,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -33,7 +33,6 @@ def generate_run(
         prompt: a text.
         path, draft: names of readouts (`chain`, `4-6-7`, `stage-2`), or numbers of blocks (`3`).
         seed: of the draws.
-        data_dir: of the text that the run was trained on, which has its vocabulary; None: the run's own.
         max_new_tokens, num_draft_tokens, temperature, top_k: as of `hbll.generate.generate`.
 
     Raises:
@@ -41,17 +40,18 @@ def generate_run(
             `hbll.generate.generate`.
     """
     run = open_run(folder)
-    tokenizer = run.recipe.tokenizer(data_dir or run.data_dir)
+    if not run.vocabulary_file.is_file():
+        raise ValueError(f"{run.recipe.name} is no language model of blocks, which alone generates text")
+    vocabulary = load_vocabulary(run.vocabulary_file)
     rule = load_rule(run).to(device())
     known = rule.network.embed.vocabulary
-    if len(tokenizer) != known:
+    if len(vocabulary) != known:
         raise ValueError(
-            f"the text has a vocabulary of {len(tokenizer)} tokens, and the network in {folder} one of {known}: take the "
-            "text that it was trained on"
+            f"{run.vocabulary_file} has {len(vocabulary)} tokens, and the network in {folder} {known}: it is another's"
         )
     if not prompt:
         raise ValueError("there is nothing to go on from: give a prompt of one character at least")
-    tokens = torch.tensor([tokenizer.encode(prompt)], device=device())
+    tokens = torch.tensor([vocabulary.encode(prompt)], device=device())
     rule.build(tokens)
     generation = generate(
         rule.network,
@@ -64,7 +64,7 @@ def generate_run(
         top_k=top_k,
         generator=torch.Generator(device()).manual_seed(seed),
     )
-    return tokenizer.decode(generation.tokens[0].tolist()), generation
+    return vocabulary.decode(generation.tokens[0].tolist()), generation
 
 
 def _way(recipe: Recipe, rule: Rule, name: str | None) -> PathLike:

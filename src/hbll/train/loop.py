@@ -1,14 +1,16 @@
 """The training loop: steps, epochs, checkpoints, and how a run ends before its time."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hbll.data import Samples
+from hbll.data import Samples, Splits
+from hbll.files import write_atomically
+from hbll.recipes import Measure
 from hbll.rule import Step
 from hbll.rules.composed import Composed
 from hbll.train import checkpoint, metrics
@@ -24,7 +26,7 @@ from hbll.train.run import Run, check_free, check_same, open_run
 from hbll.train.schedule import scheduler
 
 DIAGNOSED_SAMPLES = 256
-"""Training samples, the first ones, on which stages are diagnosed at the end of an epoch."""
+"""Training samples, the first ones, on which stages are diagnosed at the end of an epoch; no more than a batch has."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,12 +63,15 @@ def train(
 
     check_folder()
     splits = run.recipe.splits(run.data_dir).to(device())
+    vocabulary = run.recipe.vocabulary(run.data_dir)
     training = Training(run, splits.train)
     with held(run.folder), deferred_interrupt() as interrupted:
         check_folder()  # again: another process may have come first
         if resume:
             metrics.cut(run.metrics_file, *training.restore())
         else:
+            if vocabulary is not None:
+                write_atomically(run.vocabulary_file, vocabulary.json())
             training.save()
         run.write_configuration(device(), training.engine)
 
@@ -78,12 +83,24 @@ def train(
 
         while training.epoch < run.recipe.epochs:
             training.go_on(before_step)
-            line = training.end_epoch(splits.test)
+            line = training.end_epoch(splits)
+            if _is_best(line, metrics.read(run.metrics_file), run.recipe.measures[0]):
+                training.save_best()
             metrics.append(run.metrics_file, line)
             training.save()
             on_epoch(line)
         if interrupted():  # in the last evaluation: of a comparison the next run is not to begin
             raise Interrupted
+
+
+def _is_best(line: Metrics, before: Sequence[Metrics], measure: Measure) -> bool:
+    """Whether the validation samples, if there are any, were measured better than after any epoch before."""
+    if line.validation is None:
+        return False
+    value = line.validation[measure.name]
+    earlier = [known.validation[measure.name] for known in before if known.validation]
+    finite = [known for known in earlier if known is not None]
+    return value is not None and value not in finite and measure.best([value, *finite]) == value
 
 
 @dataclass
@@ -96,13 +113,15 @@ class Sums:
     span: int = 0
     seconds: float = 0.0
 
-    def add(self, step: Step) -> None:
-        """Adds a step, but for its seconds."""
-        self.loss += step.loss.detach()
-        if step.defect is not None:
-            self.defect = step.defect if self.defect is None else self.defect + step.defect
-        self.work += step.work
-        self.span += step.span
+    def add(self, steps: Sequence[Step]) -> None:
+        """Adds a training step on some batches, but for its seconds: their mean loss and defect, all their work and span."""
+        for step in steps:
+            self.loss += step.loss.detach() / len(steps)
+            if step.defect is not None:
+                defect = step.defect / len(steps)
+                self.defect = defect if self.defect is None else self.defect + defect
+            self.work += step.work
+            self.span += step.span
 
 
 class Training:
@@ -123,10 +142,12 @@ class Training:
             recipe.weight_decay,
             error_feedback=recipe.error_feedback,
         )
-        self.steps_per_epoch = len(samples) // recipe.batch_size
+        self.steps_per_epoch = len(samples) // (recipe.batch_size * recipe.accumulate)
         steps = recipe.epochs * self.steps_per_epoch
         schedules = [scheduler(recipe.schedule, optimizer, steps) for optimizer in optimizers]
-        self.descent = Descent(self.rule, optimizers, clip=recipe.gradient_clip, schedule=schedules)
+        self.descent = Descent(
+            self.rule, optimizers, precision=recipe.precision, clip=recipe.gradient_clip, schedule=schedules
+        )
         self.epoch = 0
         self._start_epoch()
 
@@ -149,28 +170,25 @@ class Training:
             DivergedError: the loss or a weight is no longer finite.
         """
         # Batches stay in flight at the end: a run that is taken up for more epochs goes on as if it had never stopped.
-        self.descent.run(self._batches(before_step), drain=False, on_step=lambda number, step: self._taken(step))
-
-    def _batches(self, before_step: Callable[[int], None]) -> Iterator[tuple[Tensor, Tensor]]:
         order = self._order()
         while self.position < self.steps_per_epoch:
             before_step(self.epoch * self.steps_per_epoch + self.position)
-            self.began = time.perf_counter()
+            began = time.perf_counter()
             self.learning_rate = self.descent.optimizers[0].param_groups[0]["lr"]
-            yield self._batch(order)
+            self.sums.add(self.descent.step(*self._batches(order)))
+            self.position += 1
+            if self.position % LOOK_EVERY == 0 or self.position == self.steps_per_epoch:
+                self._check()
+            self.sums.seconds += time.perf_counter() - began
 
-    def _taken(self, step: Step) -> None:
-        self.sums.add(step)
-        self.position += 1
-        if self.position % LOOK_EVERY == 0 or self.position == self.steps_per_epoch:
-            self._check()
-        self.sums.seconds += time.perf_counter() - self.began
-
-    def end_epoch(self, test: Samples) -> Metrics:
+    def end_epoch(self, splits: Splits) -> Metrics:
         """Measures and diagnoses the network, and makes ready for the next epoch."""
-        recipe, samples = self.run.recipe, self.samples[:DIAGNOSED_SAMPLES]
+        recipe = self.run.recipe
+        samples = self.samples[: min(DIAGNOSED_SAMPLES, recipe.batch_size)]
         reports = self.rule.diagnose(samples.inputs, samples.labels)
-        paths = measured(self.rule, test, recipe.readouts(self.rule), recipe.measures)
+        chain, *others = recipe.readouts(self.rule)
+        paths = measured(self.rule, splits.test, [chain, *others], recipe.measures)
+        validation = measured(self.rule, splits.valid, [chain], recipe.measures)[0] if splits.valid else None
         self.epoch += 1
         sums, steps = self.sums, self.steps_per_epoch
         result = Metrics(
@@ -178,6 +196,7 @@ class Training:
             loss=sums.loss.item() / steps,
             learning_rate=self.learning_rate,
             paths=paths,
+            validation=validation,
             seconds=sums.seconds,
             work=sums.work / steps,
             span=sums.span / steps,
@@ -204,6 +223,10 @@ class Training:
         }
         checkpoint.save(self.run.checkpoint_file, state)
 
+    def save_best(self) -> None:
+        """Keeps the present weights as the best by the validation samples."""
+        checkpoint.save(self.run.best_file, {"rule": self.rule.state_dict(), "epoch": self.epoch})
+
     def restore(self) -> tuple[int, str]:
         """Goes back to the checkpoint; ValueError when it is missing, damaged, or of another version or run.
 
@@ -228,10 +251,13 @@ class Training:
         order = np.random.default_rng([self.run.seed, self.epoch]).permutation(len(self.samples))
         return torch.from_numpy(order).to(device())
 
-    def _batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        recipe, size = self.run.recipe, self.run.recipe.batch_size
-        batch = self.samples[order[self.position * size : (self.position + 1) * size]]
-        return recipe.augment(batch.inputs, self._draw()), batch.labels
+    def _batches(self, order: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The batches of the step that is next."""
+        recipe, draw = self.run.recipe, self._draw()
+        size = recipe.batch_size * recipe.accumulate
+        parts = order[self.position * size : (self.position + 1) * size].split(recipe.batch_size)
+        batches = [self.samples[part] for part in parts]
+        return [(recipe.augment(batch.inputs, draw), batch.labels) for batch in batches]
 
     def _draw(self) -> np.random.Generator:
         """The step's own random numbers for augmentation: the same whatever the method draws, and after resuming."""
@@ -260,10 +286,11 @@ class Training:
         while again.position < self.position:
             step = again.epoch * self.steps_per_epoch + again.position + 1
             when = f"in step {again.position + 1} of epoch {again.epoch + 1}"
-            batch = again._batch(order)
-            if place := place_in_step(again.rule, *batch):
-                return step, f"{when}, first at {place}"
-            again.descent.step(batch)
+            batches = again._batches(order)
+            for batch in batches:
+                if place := place_in_step(again.rule, *batch):
+                    return step, f"{when}, first at {place}"
+            again.descent.step(*batches)
             again.position += 1
             if place := place_in_weights(again.rule):
                 return step, f"{when}, first in the weights of {place}"

@@ -38,6 +38,9 @@ class Metrics:
     """Mean over the epoch of how far the last sweep still moved the states, relative to their norm; None of rules without
     sweeps."""
 
+    validation: PathResult | None = None
+    """The chain on the validation samples at the end of the epoch, where there are any."""
+
     nodes: dict[str, dict[str, float | None]]
     """Each stage's report on one batch at the end of the epoch (see `hbll.rule.Report`); None where undefined, and
     no stage at all for a rule that cannot be diagnosed."""

@@ -65,14 +65,14 @@ def _comparison_page(folder: Path) -> str:
     histories = {
         method: [_history(run, comparison.recipe.epochs) for run in comparison.runs(method)] for method in finished
     }
-    return _page(
+    return page(
         title=f"{comparison.recipe.name}: {', '.join(comparison.methods)}",
         summary=f"{_network(comparison.recipe)} {_seeds(comparison.seeds)}",
         sections=[
-            _section("Results", _results_text(measures), _table(result_columns(measures), rows)),
+            section("Results", _results_text(measures), table_of(result_columns(measures), rows)),
             *(_figures(histories, measures[0]) if histories else []),
+            _options(comparison.recipe),
         ],
-        recipe=comparison.recipe,
     )
 
 
@@ -83,14 +83,14 @@ def _run_page(folder: Path) -> str:
     measures = run.recipe.measures
     text = f"Along every path, on the test samples, after epoch {last.epoch} of {run.recipe.epochs}."
     rows = [path_row(path, measures) for path in last.paths]
-    return _page(
+    return page(
         title=f"{run.recipe.name}, method {run.method}",
         summary=f"{_network(run.recipe)} Seed {run.seed}.",
         sections=[
-            _section("Results", text, _table(path_columns(measures), rows)),
+            section("Results", text, table_of(path_columns(measures), rows)),
             *_figures({run.method: [history]}, measures[0]),
+            _options(run.recipe),
         ],
-        recipe=run.recipe,
     )
 
 
@@ -119,12 +119,12 @@ def _results_text(measures: Sequence[Measure]) -> str:
 
 def _figures(histories: plots.Histories, measure: Measure) -> list[str]:
     sections = [
-        _section(
+        section(
             "Learning curves",
             "The chain on the test samples: mean over the seeds, and the range they span.",
             plots.learning_curves(histories, measure),
         ),
-        _section(
+        section(
             f"{measure.title.capitalize()} by path",
             "A path uses some of the blocks: the chain all of them, the others those that the tree leads through.",
             plots.by_path(histories, measure),
@@ -135,23 +135,27 @@ def _figures(histories: plots.Histories, measure: Measure) -> list[str]:
             "How far the last sweep of a step still moved the states, relative to their norm. With a few percent gradients "
             "are right; with more, let it take more sweeps."
         )
-        sections.append(_section("Defect", text, curves))
+        sections.append(section("Defect", text, curves))
     if heat_maps := plots.cosines(histories):
         text = (
             "Between each stage's gradient and backpropagation's, on the same training samples every epoch (scan: on those "
             "that are due next). 1: the stage learns what backpropagation would teach it."
         )
-        sections.append(_section("Cosines", text, heat_maps))
+        sections.append(section("Cosines", text, heat_maps))
     if heat_maps := plots.corrections(histories):
         text = "How far each stage's target lies from what it computed, on the same training samples every epoch."
-        sections.append(_section("Corrections", text, heat_maps))
+        sections.append(section("Corrections", text, heat_maps))
     return sections
 
 
-def _page(title: str, summary: str, sections: list[str], recipe: Recipe) -> str:
+def page(title: str, summary: str, sections: Iterable[str]) -> str:
+    """A page of sections."""
+    return _PAGE.substitute(title=escape(title), summary=escape(summary), sections="\n".join(sections))
+
+
+def _options(recipe: Recipe) -> str:
     rows = [[flag(option), str(value)] for option, value in asdict(recipe).items() if value is not None]
-    options = _section("Options", "What every run was trained with.", _table(["option", "value"], rows))
-    return _PAGE.substitute(title=escape(title), summary=escape(summary), sections="\n".join([*sections, options]))
+    return section("Options", "What every run was trained with.", table_of(["option", "value"], rows))
 
 
 def _network(recipe: Recipe) -> str:
@@ -162,11 +166,14 @@ def _seeds(seeds: int) -> str:
     return "One seed." if seeds == 1 else f"{seeds} seeds."
 
 
-def _section(heading: str, text: str, content: str) -> str:
+def section(heading: str, text: str, content: str) -> str:
+    """A section of a page; ``content`` is HTML."""
+    heading, text = (escape(part, quote=False) for part in (heading, text))
     return f'<section><h2>{heading}</h2><p>{text}</p><div class="wide">{content}</div></section>'
 
 
-def _table(columns: Iterable[str], rows: Iterable[list[str]]) -> str:
+def table_of(columns: Iterable[str], rows: Iterable[list[str]]) -> str:
+    """A table as HTML."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

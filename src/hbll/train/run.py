@@ -3,6 +3,8 @@
 configuration.json       the recipe with all its options, method, seed, and what it was run with
 metrics.jsonl            one line an epoch
 checkpoint.safetensors   where it stands (see `checkpoint`), and of which run
+best.safetensors         the weights that were best by the validation samples, where there are any
+vocabulary.json          the tokens of a language model
 report.html              written by `hbll report`
 
 All but the report carry checksums. Who trains holds the folder (see `hold`).
@@ -56,6 +58,14 @@ class Run:
     @property
     def checkpoint_file(self) -> Path:
         return self.folder / "checkpoint.safetensors"
+
+    @property
+    def best_file(self) -> Path:
+        return self.folder / "best.safetensors"
+
+    @property
+    def vocabulary_file(self) -> Path:
+        return self.folder / "vocabulary.json"
 
     @property
     def identity(self) -> dict[str, Any]:
