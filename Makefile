@@ -6,8 +6,8 @@ BIN := .venv/bin
 .PHONY: demo test lowest lint format setup clean
 .DEFAULT_GOAL := demo
 
-demo: setup                 ## train three methods side by side on the embedded digits
-	$(BIN)/hbll compare digits
+demo: setup                 ## train four rules side by side on the embedded digits, and write a page
+	$(BIN)/hbll compare digits --rules stream greedy paper bp --blocks 15 --stage 4 5 6 --epochs 15
 
 test: setup                 ## the whole test suite
 	$(BIN)/python -m pytest

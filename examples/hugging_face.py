@@ -31,7 +31,9 @@ def main() -> None:
     torch.manual_seed(0)
     starts = torch.randint(12, (512, 1))
     sequences = (starts + 5 * torch.arange(17)) % 12  # every token is the one before plus five
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_positions=32, n_embd=32, n_layer=4, n_head=2, bos_token_id=0, eos_token_id=0))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=12, n_positions=32, n_embd=32, n_layer=4, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
     rule = hbll.make_rule("stream", cut(model), stage=2, states="chain")
     arguments = TrainingArguments(
         output_dir="runs/hugging_face",
@@ -46,7 +48,12 @@ def main() -> None:
         use_cpu=True,
     )
     pairs = TensorDataset(sequences[:, :-1], sequences[:, 1:])
-    RuleTrainer(rule, arguments, train_dataset=pairs, data_collator=lambda rows: [torch.stack(c) for c in zip(*rows, strict=True)]).train()
+    RuleTrainer(
+        rule,
+        arguments,
+        train_dataset=pairs,
+        data_collator=lambda rows: [torch.stack(c) for c in zip(*rows, strict=True)],
+    ).train()
     said = model.eval().generate(torch.tensor([[3]]), max_new_tokens=8, do_sample=False, pad_token_id=0)
     print(" ".join(map(str, said[0].tolist())))
 

@@ -39,7 +39,12 @@ def main() -> None:
     data = digits()
     train = DataLoader(TensorDataset(data.train.inputs, data.train.labels), batch_size=64, shuffle=True)
     test = DataLoader(TensorDataset(data.test.inputs, data.test.labels), batch_size=256)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = lightning.Trainer(max_epochs=10, accelerator="cpu", log_every_n_steps=1, **quiet)
     trainer.fit(Classifier(), train, test)
     print(f"{trainer.callback_metrics['accuracy'].item():.1%} of the test digits")
