@@ -4,7 +4,7 @@ python examples/hugging_face.py
 """
 
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import hbll
@@ -48,12 +48,7 @@ def main() -> None:
         use_cpu=True,
     )
     pairs = TensorDataset(sequences[:, :-1], sequences[:, 1:])
-    RuleTrainer(
-        rule,
-        arguments,
-        train_dataset=pairs,
-        data_collator=lambda rows: [torch.stack(c) for c in zip(*rows, strict=True)],
-    ).train()
+    RuleTrainer(rule, arguments, train_dataset=pairs, data_collator=default_collate).train()
     said = model.eval().generate(torch.tensor([[3]]), max_new_tokens=8, do_sample=False, pad_token_id=0)
     print(" ".join(map(str, said[0].tolist())))
 

@@ -32,13 +32,18 @@ class Readouts(hbll.Rule):
             state = output.detach()  # all that the next stage is given
 
 
-torch.manual_seed(0)
-data = digits()
-batches = DataLoader(TensorDataset(data.train.inputs, data.train.labels), batch_size=64, shuffle=True)
-network = hbll.Chain(embed=nn.Linear(64, 64), blocks=[SkipBlock(64) for _ in range(6)], head=nn.Linear(64, 10))
-rule = Readouts(network, stage=2)
-print(hbll.audit(rule, *next(iter(batches))))
-hbll.train.fit(rule, batches, torch.optim.AdamW(rule.parameters(), lr=2e-3), epochs=10)
-with torch.no_grad():
-    right = (network(data.test.inputs).argmax(1) == data.test.labels).float().mean()
-print(f"{right:.1%} of the test digits")
+def main() -> None:
+    torch.manual_seed(0)
+    data = digits()
+    batches = DataLoader(TensorDataset(data.train.inputs, data.train.labels), batch_size=64, shuffle=True)
+    network = hbll.Chain(embed=nn.Linear(64, 64), blocks=[SkipBlock(64) for _ in range(6)], head=nn.Linear(64, 10))
+    rule = Readouts(network, stage=2)
+    print(hbll.audit(rule, *next(iter(batches))))
+    hbll.train.fit(rule, batches, torch.optim.AdamW(rule.parameters(), lr=2e-3), epochs=10)
+    with torch.no_grad():
+        right = (network(data.test.inputs).argmax(1) == data.test.labels).float().mean()
+    print(f"{right:.1%} of the test digits")
+
+
+if __name__ == "__main__":
+    main()

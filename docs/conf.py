@@ -1,0 +1,47 @@
+"""How Sphinx builds the documentation: `make docs`."""
+
+import importlib.metadata
+import re
+import shutil
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+project = "hbll"
+author = "The hbll developers"
+project_copyright = author
+release = importlib.metadata.version("hbll")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"hbll {release}"
+templates_path: list[str] = []
+
+default_role = "code"  # `name` in docstrings, as in the pages
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_use_rtype = False
+napoleon_preprocess_types = False
+nitpick_ignore_regex = [(r"py:.*", r"(?!hbll\.).*")]  # names of torch and of typing
+
+# The tables of the benchmarks lie beside these pages; the site has them too.
+shutil.copytree(HERE.parent / "benchmarks" / "results", HERE / "results", dirs_exist_ok=True)
+
+
+def _link_results(app, page, source):
+    source[0] = re.sub(r"\]\((\.\./)+benchmarks/results/", "](/results/", source[0])
+
+
+def _escape_norms(app, what, name, obj, options, lines):
+    """Norms are written |x| in docstrings, which is a substitution in reStructuredText."""
+    lines[:] = [line.replace("|", r"\|") for line in lines]
+
+
+def setup(app):
+    app.connect("source-read", _link_results)
+    app.connect("autodoc-process-docstring", _escape_norms)
