@@ -1,16 +1,17 @@
 """How Sphinx builds the documentation: `make docs`."""
 
-import importlib.metadata
 import re
 import shutil
 from pathlib import Path
+
+import hbll
 
 HERE = Path(__file__).parent
 
 project = "hbll"
 author = "The hbll developers"
 project_copyright = author
-release = importlib.metadata.version("hbll")
+release = hbll.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
@@ -37,6 +38,12 @@ def _link_results(app, page, source):
     source[0] = re.sub(r"\]\((\.\./)+benchmarks/results/", "](/results/", source[0])
 
 
+def _keep_sentences(app, what, name, obj, options, lines):
+    """Of a sentence about an attribute, what stands before a colon is no type, as napoleon takes it to be."""
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")
+
+
 def _escape_norms(app, what, name, obj, options, lines):
     """Norms are written |x| in docstrings, which is a substitution in reStructuredText."""
     lines[:] = [line.replace("|", r"\|") for line in lines]
@@ -44,4 +51,5 @@ def _escape_norms(app, what, name, obj, options, lines):
 
 def setup(app):
     app.connect("source-read", _link_results)
+    app.connect("autodoc-process-docstring", _keep_sentences, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", _escape_norms)

@@ -18,7 +18,7 @@ network = hbll.Chain(embed=nn.Linear(64, 64), blocks=[SkipBlock(64) for _ in ran
 
 # rim=: beside the chain, the label's loss of the short paths too. (The rule "paper" trains them by itself.)
 rule = hbll.make_rule("stream", network, stage=(4, 5, 6), states="chain", rim=0.3)
-hbll.train.fit(rule, batches, torch.optim.AdamW(rule.parameters(), lr=2e-3), epochs=10)
+hbll.train.fit(rule, batches, torch.optim.AdamW(rule.parameters(), lr=2e-3), epochs=6)
 
 network.eval()
 for readout in sorted(network.readouts, key=lambda readout: readout.blocks):  # from a single block to the chain of all

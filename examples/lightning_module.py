@@ -45,7 +45,7 @@ def main() -> None:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = lightning.Trainer(max_epochs=10, accelerator="cpu", log_every_n_steps=1, **quiet)
+    trainer = lightning.Trainer(max_epochs=5, accelerator="cpu", log_every_n_steps=1, **quiet)
     trainer.fit(Classifier(), train, test)
     print(f"{trainer.callback_metrics['accuracy'].item():.1%} of the test digits")
 
