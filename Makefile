@@ -42,7 +42,7 @@ installed: dist             ## installs the wheel alone in a fresh environment, 
 	rm -rf .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --no-compile --constraint constraints.txt $(PIP_ARGS) dist/*.whl
-	.venv-wheel/bin/python .ci/installed.py README.md
+	OMP_NUM_THREADS=1 .venv-wheel/bin/python .ci/installed.py README.md
 	rm -rf .venv-wheel
 
 setup: .venv/.complete      ## the environment, in .venv
