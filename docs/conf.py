@@ -28,7 +28,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
-nitpick_ignore_regex = [(r"py:.*", r"(?!hbll\.).*")]  # names of torch and of typing
+nitpick_ignore_regex = [("py:(class|data|obj)", ".*")]  # annotations: names of torch and of typing, aliases
 
 # The tables of the benchmarks lie beside these pages; the site has them too.
 shutil.copytree(HERE.parent / "benchmarks" / "results", HERE / "results", dirs_exist_ok=True)
@@ -38,18 +38,21 @@ def _link_results(app, page, source):
     source[0] = re.sub(r"\]\((\.\./)+benchmarks/results/", "](/results/", source[0])
 
 
-def _keep_sentences(app, what, name, obj, options, lines):
-    """Of a sentence about an attribute, what stands before a colon is no type, as napoleon takes it to be."""
+COLON = "\N{RATIO}"
+
+
+def _hide_colons(app, what, name, obj, options, lines):
+    """What stands before a colon in a sentence about an attribute is no type, as napoleon would have it."""
     if what in ("attribute", "data", "property"):
-        lines.insert(0, "")
+        lines[:] = [line.replace(":", COLON) for line in lines]
 
 
-def _escape_norms(app, what, name, obj, options, lines):
+def _as_written(app, what, name, obj, options, lines):
     """Norms are written |x| in docstrings, which is a substitution in reStructuredText."""
-    lines[:] = [line.replace("|", r"\|") for line in lines]
+    lines[:] = [line.replace(COLON, ":").replace("|", r"\|") for line in lines]
 
 
 def setup(app):
     app.connect("source-read", _link_results)
-    app.connect("autodoc-process-docstring", _keep_sentences, priority=400)  # before napoleon
-    app.connect("autodoc-process-docstring", _escape_norms)
+    app.connect("autodoc-process-docstring", _hide_colons, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _as_written, priority=600)  # after it
