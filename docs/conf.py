@@ -48,8 +48,10 @@ def _hide_colons(app, what, name, obj, options, lines):
 
 
 def _as_written(app, what, name, obj, options, lines):
-    """Norms are written |x| in docstrings, which is a substitution in reStructuredText."""
-    lines[:] = [line.replace(COLON, ":").replace("|", r"\|") for line in lines]
+    """Norms are written |x| in docstrings, which is a substitution in reStructuredText; in those of modules what is
+    indented is code."""
+    text = "\n".join(lines).replace(COLON, ":").replace("|", r"\|")
+    lines[:] = (text.replace("\n\n    ", "\n\n::\n\n    ") if what == "module" else text).split("\n")
 
 
 def setup(app):
