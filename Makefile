@@ -3,11 +3,11 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lowest lint format setup clean
+.PHONY: demo test lowest lint format docs dist installed setup clean
 .DEFAULT_GOAL := demo
 
-demo: setup                 ## train three methods side by side on the embedded digits
-	$(BIN)/hbll compare digits
+demo: setup                 ## train four rules side by side on the embedded digits, and write a page
+	$(BIN)/hbll compare digits --rules stream greedy paper bp --blocks 15 --stage 4 5 6 --epochs 15
 
 test: setup                 ## the whole test suite
 	$(BIN)/python -m pytest
@@ -29,13 +29,29 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: setup                 ## the documentation, in docs/_build
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
+	@echo docs/_build/index.html
+
+dist: setup                 ## the wheel and the source distribution, in dist
+	rm -rf dist
+	$(BIN)/python -m build --quiet .
+	@ls -lh dist
+
+installed: dist             ## installs the wheel alone in a fresh environment, and runs the lines of the README there
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --no-compile --constraint constraints.txt $(PIP_ARGS) dist/*.whl
+	OMP_NUM_THREADS=1 .venv-wheel/bin/python .ci/installed.py README.md
+	rm -rf .venv-wheel
+
 setup: .venv/.complete      ## the environment, in .venv
 
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable ".[cli,data,sublinear,hf]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable ".[cli,data,sublinear,hf]" --group dev --group docs
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-wheel build dist docs/_build docs/results .pytest_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ network = hbll.Chain(
     ],
     head=nn.Sequential(nn.Flatten(), nn.Linear(8 * 32, 10)),
 )
-rule = hbll.make_rule(sys.argv[1] if len(sys.argv) > 1 else "stream", network, example=x)
+rule = hbll.make_rule(sys.argv[1] if len(sys.argv) > 1 else "stream", network, example=x, stage=(3, 4))
 if not rule.late:  # credit from other steps leaves nothing to see
     print(hbll.audit(rule, x, y))
 
@@ -40,4 +40,4 @@ def show(number: int, step: hbll.Step) -> None:
         print(f"{number} steps: {right:.1%} of the test digits; work {step.work}, span {step.span} ({step.engine})")
 
 
-fit(rule, batches, torch.optim.AdamW(rule.parameters(), lr=1e-3), epochs=5, on_step=show)
+fit(rule, batches, torch.optim.AdamW(rule.parameters(), lr=1e-3), epochs=3, on_step=show)

@@ -1,57 +1,82 @@
-"""The code that README, docs and examples show runs as it stands."""
+"""The code that README and the documentation show runs as it stands; what they name is there."""
 
+import importlib
+import pkgutil
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import hbll
+
 ROOT = Path(__file__).parents[1]
+CHECKED = ("README.md", "docs/inference.md")
+"""Pages of whose code more is asked than that it runs."""
+OPTIONAL = {"accelerate", "lightning", "numba", "sklearn", "transformers"}
+PAGES = ("README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))))
 
 
-def code(document):
-    """The Python blocks of a page, in order."""
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page):
+    """The Python blocks of a page in order, each on its own lines of it."""
+    text = (ROOT / page).read_text()
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield "\n" * text.count("\n", 0, block.start(1)) + block[1]
 
 
-def test_readme(tmp_path, monkeypatch):
+def run(page):
+    """Runs the blocks of a page one after the other; the names that they made."""
+    names = {"__name__": "page"}
+    for block in blocks(page):
+        try:
+            exec(compile(block, ROOT / page, "exec"), names)
+        except ModuleNotFoundError as missing:
+            if missing.name in OPTIONAL:
+                pytest.skip(f"{missing.name} is not installed")
+            raise
+    return names
+
+
+@pytest.fixture(autouse=True)
+def beside_the_examples(tmp_path, monkeypatch):
+    """Where a reader would be who tries what a page shows."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
-    tokens = torch.randint(100, (4, 4, 9))
-    names = {"batches": [(sequences[:, :-1], sequences[:, 1:]) for sequences in tokens]}
-    blocks = code("README.md")
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert (tmp_path / "model" / "weights.safetensors").is_file()
-    assert names["logits"].shape == (4, 8, 100)
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_a_rule_of_ones_own(capsys):
-    (block,) = [block for block in code("docs/method.md") if "hbll.Rule" in block]
-    exec(compile(block, "docs/method.md", "exec"), {})
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in CHECKED and any(blocks(page))])
+def test_the_code_of_a_page_runs(page):
+    run(page)
 
 
-def test_inference():
-    torch.manual_seed(0)
-    (block,) = code("docs/inference.md")
-    names: dict = {}
-    exec(compile(block, "docs/inference.md", "exec"), names)
+def test_the_code_of_the_readme_trains_a_network():
+    names = run("README.md")
+    right = (names["network"](names["x"]).argmax(1) == names["y"]).float().mean()
+    assert right > 0.5  # of eight classes
+
+
+def test_the_code_of_the_page_on_inference():
+    names = run("docs/inference.md")
     assert names["text"].tokens.equal(names["plain"].tokens)
     assert names["exited"].logits.shape == (64, 3)
 
 
-@pytest.mark.parametrize("rule", ["stream", "paper"])
-def test_example(rule, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["own_network.py", rule])
-    threads = torch.get_num_threads()
-    try:
-        runpy.run_path(str(ROOT / "examples" / "own_network.py"), run_name="__main__")
-    finally:
-        torch.set_num_threads(threads)
-    shares = [float(share) for share in re.findall(r"([\d.]+)%", capsys.readouterr().out)]
-    assert shares
-    assert shares[-1] > 50  # ten classes
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_what_a_page_beside_the_code_names_is_there(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert all(link.startswith("https://") for link in links)  # others lead nowhere on a package index
+    named = re.findall(r"`((?:benchmarks|docs|examples|src|tests)/[\w./-]+|[A-Z]+\.(?:md|cff))`", text)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists() and name != "docs/_build"] == []
+
+
+def test_the_api_page_has_every_package():
+    packages = ["hbll", *(found.name for found in pkgutil.walk_packages(hbll.__path__, "hbll.") if found.ispkg)]
+    public = [name for name in packages if hasattr(importlib.import_module(name), "__all__")]
+    documented = re.findall(r"^\.\. automodule:: (\S+)", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE)
+    assert set(public) <= set(documented)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from hbll.rule import Report, Rule, StageLoss, Step
     from hbll.rules import make_rule
 
+__version__ = "0.1.0"
+
 __all__ = ["Audit", "Chain", "Report", "Rule", "Stage", "StageLoss", "Step", "audit", "make_rule", "part"]
 
 _MODULES = {

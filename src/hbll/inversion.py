@@ -30,7 +30,7 @@ def conjugate_gradients(
 
     Args:
         matvec: x -> A x, of the right side's shape.
-        right_side: b, shape (*batch, *unknowns).
+        right_side: b, shape `(*batch, *unknowns)`.
         iterations: how many; the number of unknowns solves exactly up to rounding.
         batch_dims: how many leading dimensions number the systems.
 

@@ -11,7 +11,7 @@ from hbll.recipes import RECIPES
 from hbll.train import metrics
 from hbll.train.compare import Comparison, compare, open_comparison, open_results
 from hbll.train.loop import Interrupted, train
-from hbll.train.report import write_report
+from hbll.train.report import conclusion, write_report
 from hbll.train.run import Run
 from hbll.train.tables import result_columns, result_row
 
@@ -143,6 +143,44 @@ def test_the_page_of_a_comparison_stands_alone_and_says_it_all(finished):
         assert result["local"] in page.text
     for heading in ("Learning curves", "Accuracy by path", "Corrections", "3 (chain)"):
         assert heading in page.text
+    opening, rest = page.text.split("2 seeds.")[0], page.text.split("What to try next")[1]
+    assert conclusion(results, RECIPE.measures[0]) in opening
+    assert f"hbll compare digits --run-dir {comparison.folder} --resume --rules paper bp .. --seeds 4" in rest
+    assert f"hbll evaluate {comparison.folder / 'paper-s0'} --path 2" in rest
+
+
+def sums(method, accuracy, memory=1, work=1, span=1, spread=None):
+    return {
+        "method": method,
+        "accuracy": accuracy,
+        "spread": spread,
+        "memory": memory,
+        "work": work,
+        "span": span,
+    }
+
+
+class TestConclusion:
+    exact = sums("bp", 0.9, memory=200, work=21, span=14, spread=0.004)
+    (measure,) = RECIPE.measures
+
+    def test_names_the_rule_nearest_to_backpropagation_and_its_shares(self):
+        rules = [
+            sums("paper", 0.85, memory=1),
+            sums("stream", 0.93, memory=100, work=42, span=7, spread=0.02),
+            sums("dfa", None, memory=1),
+        ]
+        assert conclusion([*rules, self.exact], self.measure) == (
+            "Nearest to backpropagation (accuracy 90.00 % ± 0.40) is stream (93.00 % ± 2.00), at 0.50 of its peak memory, "
+            "2.00 of its work and 0.50 of its span."
+        )
+
+    def test_says_what_is_missing(self):
+        rules = [sums("paper", 0.85), sums("bp", None)]
+        assert conclusion(rules, self.measure).startswith("No run of backpropagation that ended well")
+        assert conclusion([sums("dfa", None), self.exact], self.measure) == (
+            "Backpropagation has 90.00 %; no other rule that ended well is beside it."
+        )
 
 
 def test_language_models_are_compared_by_bits(small_data, tmp_path):

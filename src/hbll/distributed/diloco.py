@@ -1,12 +1,14 @@
 """DiLoCo: processes that train apart and meet every few hundred steps (Douillard et al., arXiv 2311.08105).
 
-parameters = rule.parameters()
-optimizer, outer = torch.optim.AdamW(parameters, lr=1e-3), DiLoCo(parameters, every=100)
-for x, y in batches:                    # each process its own
-    optimizer.zero_grad()
-    rule(x, y).loss.backward()
-    optimizer.step()
-    outer.step()
+    parameters = rule.parameters()
+    optimizer, outer = torch.optim.AdamW(parameters, lr=1e-3), DiLoCo(parameters, every=100)
+    for x, y in batches:                    # each process its own
+        optimizer.zero_grad()
+        rule(x, y).loss.backward()
+        optimizer.step()
+        outer.step()
+
+Between two meetings nothing is sent.
 """
 
 from collections.abc import Iterable, Mapping

@@ -100,7 +100,7 @@ def reproduce(
 
     Raises:
         ValueError: a run in the folder is another than the one of its name; as of `train`.
-        Interrupted: Ctrl-C was pressed; the run under way was saved, and the same call goes on.
+        KeyboardInterrupt: Ctrl-C was pressed; the run under way was saved, and the same call goes on.
     """
     runs = reproduction.runs
     for run in runs:  # before anything is trained

@@ -8,11 +8,15 @@ from string import Template
 
 from hbll.files import write_atomically
 from hbll.recipes import Measure, Recipe, flag
+from hbll.recipes.base import ChainRecipe
 from hbll.train import metrics, plots
-from hbll.train.compare import open_comparison, open_results
+from hbll.train.compare import Comparison, MethodResult, open_comparison, open_results
 from hbll.train.metrics import Metrics
 from hbll.train.run import COMPARISON, Run, open_run
 from hbll.train.tables import path_columns, path_row, result_columns, result_row
+
+BACKPROPAGATION = ("bp", "bptt", "bptt-fused")
+"""The rules with exact gradients, by which others are measured."""
 
 _PAGE = Template(
     """<!doctype html>
@@ -27,6 +31,8 @@ main { max-width: 880px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 8px; }
 h2 { font-size: 19px; margin: 0 0 4px; }
 p { margin: 0 0 12px; color: #475569; }
+p.lead { font-size: 18px; color: #0f172a; }
+ul { margin: 0; padding-left: 20px; color: #475569; }
 section { background: white; border: 1px solid #e2e8f0; border-radius: 12px; padding: 20px 24px; margin-top: 24px; }
 svg { width: 100%; height: auto; display: block; font-family: system-ui, sans-serif; }
 .wide { overflow-x: auto; }
@@ -41,7 +47,7 @@ code { font: 14px ui-monospace, monospace; }
 </head>
 <body><main>
 <h1>$title</h1>
-<p>$summary</p>
+$lead<p>$summary</p>
 $sections
 </main></body>
 </html>
@@ -67,11 +73,13 @@ def _comparison_page(folder: Path) -> str:
     }
     return page(
         title=f"{comparison.recipe.name}: {', '.join(comparison.methods)}",
+        lead=conclusion(results, measures[0]),
         summary=f"{_network(comparison.recipe)} {_seeds(comparison.seeds)}",
         sections=[
             section("Results", _results_text(measures), table_of(result_columns(measures), rows)),
             *(_figures(histories, measures[0]) if histories else []),
             _options(comparison.recipe),
+            section("What to try next", "From here on:", _list(_next_steps(comparison, results))),
         ],
     )
 
@@ -104,6 +112,54 @@ def _history(run: Run, least: int) -> list[Metrics]:
             f"the run in {run.folder} has finished {len(history)} of {least} epochs: go on with it by --resume"
         )
     return history
+
+
+def conclusion(results: Sequence[MethodResult], measure: Measure) -> str:
+    """The sentence that sums up a comparison: which rule comes nearest to backpropagation, and what it needs for that."""
+    exact = _backpropagation(results, measure)
+    if exact is None:
+        return "No run of backpropagation that ended well is among these, by which the rules could be measured."
+    others = [r for r in results if r["method"] not in BACKPROPAGATION and r[measure.name] is not None]
+    if not others:
+        return f"Backpropagation has {measure.text(exact[measure.name])}; no other rule that ended well is beside it."
+    nearest = min(others, key=lambda r: abs(r[measure.name] - exact[measure.name]))
+    memory, work, span = (f"{nearest[cost] / exact[cost]:.2f}" for cost in ("memory", "work", "span"))
+    return (
+        f"Nearest to backpropagation ({measure.title} {_with_spread(exact, measure)}) is {nearest['method']} "
+        f"({_with_spread(nearest, measure)}), at {memory} of its peak memory, {work} of its work and {span} of its span."
+    )
+
+
+def _backpropagation(results: Sequence[MethodResult], measure: Measure) -> MethodResult | None:
+    return next((r for r in results if r["method"] in BACKPROPAGATION and r[measure.name] is not None), None)
+
+
+def _with_spread(result: MethodResult, measure: Measure) -> str:
+    spread = "" if result["spread"] is None else f" ± {measure.number(result['spread'])}"
+    return measure.text(result[measure.name]) + spread
+
+
+def _next_steps(comparison: Comparison, results: Sequence[MethodResult]) -> list[str]:
+    """What a reader may do next, in HTML."""
+    recipe, first = comparison.recipe.name, results[0]
+    again = f"hbll compare {recipe} --run-dir {comparison.folder} --resume --rules {' '.join(comparison.methods)}"
+    steps = [f"More rules or seeds beside these, which are kept: {_code(f'{again} .. --seeds {comparison.seeds + 2}')}"]
+    if len(first["paths"]) > 1:
+        run, path = comparison.runs(first["method"])[0].folder, first["paths"][1]["path"]
+        steps.append(f"A shorter path of a trained network: {_code(f'hbll evaluate {run} --path {path}')}")
+    if isinstance(comparison.recipe, ChainRecipe):
+        steps += [
+            f"Other cuts: {_code(f'hbll compare {recipe} --stage N')}. Longer stages learn more like backpropagation, "
+            "shorter ones need less memory and wait for less.",
+            "A network of your own: "
+            + _code(f'rule = hbll.make_rule("{first["method"]}", hbll.Chain(embed, blocks, head))')
+            + ", as the documentation's tutorial has it.",
+        ]
+    return steps
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"
 
 
 def _results_text(measures: Sequence[Measure]) -> str:
@@ -148,9 +204,14 @@ def _figures(histories: plots.Histories, measure: Measure) -> list[str]:
     return sections
 
 
-def page(title: str, summary: str, sections: Iterable[str]) -> str:
-    """A page of sections."""
-    return _PAGE.substitute(title=escape(title), summary=escape(summary), sections="\n".join(sections))
+def page(title: str, summary: str, sections: Iterable[str], lead: str = "") -> str:
+    """A page of sections, opened by a sentence of conclusion."""
+    return _PAGE.substitute(
+        title=escape(title),
+        lead=f'<p class="lead">{escape(lead)}</p>\n' if lead else "",
+        summary=escape(summary),
+        sections="\n".join(sections),
+    )
 
 
 def _options(recipe: Recipe) -> str:
@@ -170,6 +231,10 @@ def section(heading: str, text: str, content: str) -> str:
     """A section of a page; ``content`` is HTML."""
     heading, text = (escape(part, quote=False) for part in (heading, text))
     return f'<section><h2>{heading}</h2><p>{text}</p><div class="wide">{content}</div></section>'
+
+
+def _list(items: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
 
 def table_of(columns: Iterable[str], rows: Iterable[list[str]]) -> str:
