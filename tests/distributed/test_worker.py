@@ -90,6 +90,109 @@ dist.destroy_process_group()
 """
 
 
+REPLICAS = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch import nn
+from tests.networks import KINDS, batches
+import hbll
+from hbll.distributed import Worker
+
+rank, world = int(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+LIMIT = timedelta(minutes=1)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world, timeout=LIMIT)
+
+
+def refused(sentence, call):
+    try:
+        call()
+    except ValueError as error:
+        assert sentence in str(error), str(error)
+    else:
+        raise AssertionError(f"not refused: {sentence}")
+
+
+def made(name, **options):
+    network, x, y = KINDS["mlp"][0](8)
+    torch.manual_seed(0)
+    return hbll.make_rule(name, network, example=x, **options), x, y
+
+
+# Two replicas of two stages: the mean over their halves of a batch is that of one process on the whole.
+for name, options in (("stream", {"stage": (3, 4), "copies": True, "refresh": 1}), ("dgl", {"stage": (3, 4)})):
+    norms = name == "dgl"  # whose batch norms see half of the batch: then both halves are the same
+    rule, x, y = made(name, **options)
+    alone, _, _ = made(name, **options | ({"states": "chain"} if name == "stream" else {}))
+    worker = Worker(rule)
+    half = slice(2 * worker.replica, 2 * worker.replica + 2)
+    mine = (x[:2], y[:2]) if norms else (x[half], y[half])
+    whole = (x[:2], y[:2]) if norms else (x, y)
+    step = worker.backward(*mine)
+    alone(*whole).loss.backward()
+    own = [p for m in alone.own(worker.stage) for p in m.parameters()]
+    for p, q in zip(worker.parameters(), own, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+    found = worker.predict(*mine)
+    assert (found is None) == (worker.stage == 1)
+    if found is not None:
+        alone.eval()
+        rule.eval()
+        with torch.no_grad():
+            state = alone.network.embed(mine[0])
+            for block in alone.network.blocks:
+                state = block(state)
+        torch.testing.assert_close(found[0], alone.network.head(state), rtol=1e-12, atol=1e-12)
+        assert torch.equal(found[1], mine[1])
+    worker.finish()
+
+# Half precision on the link rounds states and leaves labels.
+rule, x, y = made("greedy", stage=(3, 4))
+alone, _, _ = made("greedy", stage=(3, 4))
+worker = Worker(rule, wire=torch.bfloat16)
+step = worker.backward(x, y)
+if worker.stage == 2:
+    state = alone.stages[0](alone.network.embed(x)).detach()
+    rounded = state.to(torch.bfloat16).to(state.dtype)
+    assert not torch.equal(rounded, state)
+    expected = nn.functional.cross_entropy(alone.network.head(alone.stages[1](rounded)), y)
+    torch.testing.assert_close(step.loss, expected.detach())
+# A batch larger than the first one does not fit the link.
+if worker.stage == 1:
+    refused("let the largest batch come first", lambda: worker.backward(torch.cat(40 * [x]), torch.cat(40 * [y])))
+worker.finish()
+
+refused("the rule has 3 stages, and there are 4 processes: start 3, or a multiple",
+        lambda: Worker(made("greedy", stage=(2, 2, 3))[0]))
+refused("give copies=True, or readout='solo'", lambda: Worker(made("stream", stage=(3, 4))[0]))
+refused("by Scan the loss of a stage reaches other stages", lambda: Worker(made("scan", stage=(3, 4))[0]))
+refused("rim and spine_share are of all stages at once",
+        lambda: Worker(made("stream", stage=(3, 4), copies=True, rim=0.1)[0]))
+tied = made("greedy", stage=(3, 4))[0]
+tied.network.blocks[6].linear.weight = tied.network.blocks[0].linear.weight
+refused("stages 1 and 2 share a weight", lambda: Worker(tied))
+unbuilt = KINDS["mlp"][0](8)[0]
+refused("are made by an example", lambda: Worker(hbll.make_rule("dgl", unbuilt, stage=(3, 4))))
+dist.barrier()
+
+# A stage that ends is missed, in a sentence that names it.
+worker = Worker(made("greedy", stage=(3, 4))[0])
+worker.backward(x, y)
+if worker.stage == 1:
+    sys.stdout.flush()
+    __import__("os")._exit(0)
+try:
+    worker.backward()
+except ConnectionError as error:
+    assert str(error).startswith("stage 1 ended, or did not answer in time"), str(error)
+else:
+    raise AssertionError("the loss of stage 1 was not noticed")
+__import__("os")._exit(0)
+"""
+
+
 def launched(script, world, *arguments, path):
     """The processes' exit codes and what they wrote on stderr."""
     command = [sys.executable, "-c", script]
@@ -123,3 +226,8 @@ def test_the_same_as_in_one_process(kind, name, options, tmp_path):
     world = len(options["stage"])
     codes, said = launched(PROCESS, world, kind, name, repr(options), path=tmp_path)
     assert codes == [0] * world, "\n".join(said)
+
+
+def test_replicas_refusals_and_lost_stages(tmp_path):
+    codes, said = launched(REPLICAS, 4, path=tmp_path)
+    assert codes == [0] * 4, "\n".join(said)

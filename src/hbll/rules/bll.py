@@ -13,7 +13,7 @@ KL(rho_k || alpha_k), g_k by -log p(y | z_k), the last block by the label's loss
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,8 @@ class BLL(LocalRule):
             feedback maps stay small; at most as many as the image has.
         iterations: conjugate-gradient iterations of an inverted arc.
     """
+
+    by_itself: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class DirectFeedbackAlignment(LocalRule):
     """
 
     shares: ClassVar[bool] = False
+    by_itself: ClassVar[bool] = False
 
     def __init__(self, network: Chain, *, stage: int | Sequence[int] = 1, loss: Loss = cross_entropy) -> None:
         super().__init__(network, stage=stage, loss=loss)

@@ -74,6 +74,7 @@ class ForwardForward(LocalRule):
     """
 
     shares: ClassVar[bool] = False
+    by_itself: ClassVar[bool] = False
 
     def __init__(
         self,
