@@ -83,7 +83,6 @@ class Contract:
         options: with which it is made.
         tokens: whether every token may have a label.
         shares: whether two stages may train one weight.
-        labels_at_once: whether a label is looked at in the step in which it comes.
         in_flight: whether a step works on other batches than the one that comes in.
         late_reach: of a late rule, which no audit can look at, what each loss moves.
     """
@@ -92,7 +91,6 @@ class Contract:
     options: dict = {"stage": (2, 1, 2)}  # noqa: RUF012
     tokens = True
     shares = True
-    labels_at_once = True
     in_flight = False
     late_reach: dict = {}  # noqa: RUF012
 
@@ -443,8 +441,6 @@ class Contract:
 
     @pytest.mark.parametrize(("bad", "way"), [("input", "forward"), ("label", "backward")])
     def test_a_step_that_fails_leaves_everything_as_it_was(self, way, bad):
-        if bad == "label" and not self.labels_at_once:
-            pytest.skip("labels are looked at when their batch has come through")
         rule, twin = self.made(), self.made()
         all_gradients(rule, batches(FILL)), all_gradients(twin, batches(FILL))
         before = copy.deepcopy(rule.state_dict())
@@ -562,7 +558,6 @@ class TestTree(ByTree):
 class TestScan(Contract):
     name = "scan"
     options = {"stage": (2, 1, 2), "sweeps": 1, "credit_sweeps": 0}  # noqa: RUF012  (so that batches wait)
-    labels_at_once = False
     in_flight = True
 
 
@@ -599,7 +594,6 @@ class TestSolo(Contract):
 
 class TestPipeline(Contract):
     name = "pipeline"
-    labels_at_once = False
     in_flight = True
     # A stage learns by itself, and the head by the label.
     late_reach = {  # noqa: RUF012
