@@ -336,7 +336,7 @@ class Rule(nn.Module, ABC):
                 step = self._taken(x, y, lambda loss: None, Step())
             step.loss = step.loss.detach()
             return step
-        if _processes() > 1 and self.training and DistributedDataParallel._get_active_ddp_module() is None:
+        if self.training and _processes() > 1 and not _averaged(self):
             warnings.warn(
                 "several processes train together, and the rule is not called by what averages their gradients: call "
                 "DistributedDataParallel(rule, find_unused_parameters=True) in its place",
@@ -579,6 +579,13 @@ def _processes() -> int:
     return torch.distributed.get_world_size() if distributed else 1
 
 
+def _averaged(rule: Rule) -> bool:
+    """Whether the rule is called by what averages gradients over processes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = fsdp is not None and isinstance(rule, fsdp.FSDPModule)
+    return sharded or DistributedDataParallel._get_active_ddp_module() is not None
+
+
 def _check_batch(x: Any, y: Any) -> None:
     """Raises ValueError if a batch is none, as far as can be told without the network."""
     if isinstance(y, Tensor) and y.ndim == 0:
@@ -596,12 +603,13 @@ def _check_batch(x: Any, y: Any) -> None:
 
 
 def _check_whole(rule: Rule) -> None:
-    """Raises ValueError if parameters are spread over processes: credit asks for the gradients of whole ones."""
+    """Raises ValueError if parameters are spread over processes while a step is taken, which asks for their gradients."""
     tensor = sys.modules.get("torch.distributed.tensor")  # imported by whoever has such parameters
     if tensor and any(isinstance(parameter, tensor.DTensor) for parameter in rule.parameters()):
         raise ValueError(
-            "parameters are spread over processes (DTensor, as fully_shard makes them), which no rule can train: replicate "
-            "them by DistributedDataParallel(rule, find_unused_parameters=True)"
+            "parameters are spread over processes (DTensor, as fully_shard makes them), and a rule takes the gradients of "
+            "whole ones: shard the rule as one, fully_shard(rule), or replicate it by DistributedDataParallel(rule, "
+            "find_unused_parameters=True)"
         )
 
 
