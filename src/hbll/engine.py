@@ -159,17 +159,26 @@ class BatchedEngine(LoopEngine):
         if recorded is None:
             names = [name for _, _, name in self._slots[first]]
             blocks = [self.blocks[n - 1] for n in nodes]
-            with _reads(blocks[0]) if self._alike else nullcontext(set()) as read:
+            with self._told_apart(blocks) if self._alike else nullcontext():
                 recorded = record_batched(self.names[first], blocks, names, stacked, (inputs, *beside), form)
-            if difference := _difference(blocks, read):
-                raise ValueError(
-                    f"no two blocks can be stacked: {self.names[first]} and its like differ in {difference}, which their "
-                    "forward reads"
-                )
             while len(self._recorded) >= RECORDINGS:
                 del self._recorded[next(iter(self._recorded))]
         self._recorded[key] = recorded  # behind all others, which are dropped before it
         return recorded
+
+
+    @contextmanager
+    def _told_apart(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Raises ValueError if something is read inside of the first block in which the others differ."""
+        try:
+            with _reads(blocks[0]) as read:
+                yield
+        finally:
+            if difference := _difference(blocks, read):
+                raise ValueError(
+                    f"no two blocks can be stacked: {self.names[self.blocks.index(blocks[0])]} and its like differ in "
+                    f"{difference}, which their forward reads"
+                )
 
 
 @dataclass(frozen=True)
