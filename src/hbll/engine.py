@@ -29,7 +29,7 @@ RECORDINGS = 128
 """How many recordings an engine keeps, those used last: one for every number of blocks and shape of their inputs."""
 
 LOOKS = 4
-"""How often blocks are called again before they are recorded, as a coin that is tossed in them falls the same way at times."""
+"""How often blocks are called again before they are recorded: a coin that is tossed in them falls the same way at times."""
 
 CHANGING = "they compute something else at every call, of which one would be recorded"
 
@@ -166,7 +166,6 @@ class BatchedEngine(LoopEngine):
         self._recorded[key] = recorded  # behind all others, which are dropped before it
         return recorded
 
-
     @contextmanager
     def _told_apart(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
         """Raises ValueError if something is read inside of the first block in which the others differ."""
@@ -280,7 +279,10 @@ def _same_draws(tensor: Tensor) -> Iterator[None]:
         with torch.random.fork_rng(_devices(tensor)):
             yield
     finally:
-        others = {"Python's": random.getstate() != drawn, "NumPy's": str(np.random.get_state(legacy=False)) != str(sampled)}
+        others = {
+            "Python's": random.getstate() != drawn,
+            "NumPy's": str(np.random.get_state(legacy=False)) != str(sampled),
+        }
         random.setstate(drawn)
         np.random.set_state(sampled)
         for whose, moved in others.items():
@@ -329,9 +331,7 @@ def _faithful(
     Raises:
         RuntimeError: the vmapped call has others too.
     """
-    draws = any(
-        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.graph.nodes
-    )
+    draws = any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.graph.nodes)
     with _Hooks() as hooks, torch.enable_grad():
         expected = _results(looped, tensors)
     if hooks.found:
@@ -465,7 +465,7 @@ def _reads(block: nn.Module) -> Iterator[set[tuple[str, str]]]:
     kinds = [(module, name, type(module)) for name, module in block.named_modules()]
     for module, name, kind in kinds:
 
-        def read(self: nn.Module, key: str, name: str = name, kind: type = kind) -> Any:
+        def read(self: nn.Module, key: str, name: str = name, kind: Any = kind) -> Any:
             found.add((name, key))
             return kind.__getattribute__(self, key)
 

@@ -570,7 +570,9 @@ def _into_grad(scale: Tensor | float) -> Callable[[StageLoss], None]:
 def unowned(network: Chain) -> list[str]:
     """The names of a network's parameters that are trained and of which neither embed nor a block nor the head is made."""
     owned = {p for part in (network.embed, *network.blocks, network.head) for p in part.parameters()}
-    return [name for name, parameter in network.named_parameters() if parameter.requires_grad and parameter not in owned]
+    return [
+        name for name, parameter in network.named_parameters() if parameter.requires_grad and parameter not in owned
+    ]
 
 
 def _processes() -> int:

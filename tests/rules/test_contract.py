@@ -480,7 +480,9 @@ class Contract:
 
     def test_a_layer_that_is_changed_is_noticed(self):
         if self.options.get("copies"):
-            pytest.skip("copies of blocks are fitted to these parameter by parameter, as both were when the rule was made")
+            pytest.skip(
+                "copies of blocks are fitted to these parameter by parameter, as both were when the rule was made"
+            )
         rule, twin = self.made(**self.stacked()), self.made(**self.stacked())
         all_gradients(rule, batches(FILL))
         rule.reset()

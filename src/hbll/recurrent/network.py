@@ -265,5 +265,5 @@ def presence(lengths: Any, x: Tensor) -> Tensor | None:
 
 
 def beginnings(present: Tensor | None) -> Tensor | None:
-    """The time (B,) at which each sequence begins, as arcs take it; ``present`` is (B, N), or None if there is no padding."""
+    """The time (B,) at which each sequence begins, as arcs take it; ``present`` (B, N) is None if there is no padding."""
     return None if present is None else (~present).sum(1)

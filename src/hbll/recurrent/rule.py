@@ -58,8 +58,8 @@ class RecurrentRule(Rule):
 
         Args:
             x: sequences, or a pair of them and their lengths, as the network takes them.
-            y: labels, (B, ...), or (B, N, ...) if the head reads every step; classes of -100 stand for none, and those of the
-                padding do not count whatever they are.
+            y: labels, (B, ...), or (B, N, ...) if the head reads every step; classes of -100 stand for none, and those of
+                the padding do not count whatever they are.
             step: where the cost, and what is to be reported, is noted.
 
         Raises:

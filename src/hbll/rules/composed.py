@@ -19,8 +19,8 @@ from hbll.carry import Carry, map_tensors
 from hbll.cut import Stage
 from hbll.engine import Engine, Evaluation, make_engine
 from hbll.losses import Loss, check_labels, counts, cross_entropy, mean_loss
-from hbll.names import check_choice, check_number
 from hbll.modes import evaluating
+from hbll.names import check_choice, check_number
 from hbll.network import Chain, Context, check_shape
 from hbll.rule import LateError, Rule, StageLoss, Step, attach_gradients
 from hbll.rules.rim import rim_loss
@@ -366,7 +366,8 @@ class Composed(Rule):
             if batch and early and 1 in loss.stages and not batch.context_leaves:
                 yield from batch.embed_losses()
             del loss
-        yield from (loss.times(batch and counts(self.loss, batch.y)) for loss in beside)
+        counted = counts(self.loss, batch.y) if batch else None
+        yield from (loss.times(counted) for loss in beside)
         if batch and self.rim:
             mean = rim_loss(self.network, batch.state, batch.context, batch.y, self.loss, step)
             yield StageLoss("rim", self.rim * mean, leaves=batch.leaves)
