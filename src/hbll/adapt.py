@@ -132,8 +132,8 @@ def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
         if node.op == "get_attr" and not _registered(model, str(node.target)):
             raise ValueError(
                 f"a {type(model).__name__} computes with a tensor, {node.target}, that is neither its parameter nor its "
-                "buffer and that the parts would keep as it is: register it as a buffer, or cut by hand with hbll.part and a "
-                "context"
+                "buffer and that the parts would keep as it is: register it as a buffer, or cut by hand with hbll.part and "
+                "a context"
             )
     if str(training) != str(graph):
         raise ValueError(
