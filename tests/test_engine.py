@@ -364,6 +364,16 @@ def test_an_attribute_in_which_blocks_differ_is_named():
         torch.testing.assert_close(found[name], gradient)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_recorded_where_there_are_no_numbers(value):
+    net, x, y = network(Dense)
+    x[1, 2] = value
+    rule = make_rule("paper", net)
+    assert rule(x, y).engine == "batched"
+    x[1, 2] = 0.5
+    torch.testing.assert_close(rule(x, y).loss, make_rule("paper", net, engine="loop")(x, y).loss)
+
+
 def test_recordings_are_bounded(monkeypatch):
     monkeypatch.setattr(hbll.engine, "RECORDINGS", 3)
     net, *_ = network(Dense, 2)

@@ -381,12 +381,13 @@ def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     precision = max(torch.finfo(tensor.dtype).eps for tensor in expected)
     if torch.is_autocast_enabled(device):
         precision = max(precision, torch.finfo(torch.get_autocast_dtype(device)).eps)
-    # Beside the largest gradient one that is 0 but for rounding counts as such.
-    scales = [other.abs().max() for other in expected]
+    # Beside the largest gradient one that is 0 but for rounding counts as such. Where a run diverges there is no number.
+    numbers = [other.isfinite() for other in expected]
+    scales = [torch.where(number, other, 0).abs().max() for number, other in zip(numbers, expected, strict=True)]
     rounding = 8 * precision * torch.stack(scales).max()
     return len(found) == len(expected) and all(
-        bool(((one - other).abs() <= precision**0.5 * scale + rounding).all())
-        for one, other, scale in zip(found, expected, scales, strict=True)
+        bool(torch.where(number, (one - other).abs() <= precision**0.5 * scale + rounding, ~one.isfinite()).all())
+        for one, other, number, scale in zip(found, expected, numbers, scales, strict=True)
     )
 
 
