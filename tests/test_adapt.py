@@ -244,3 +244,44 @@ class TestWhatIsEasilyLost:
         with pytest.raises(ValueError, match="handed over"):
             hbll.part(lambda state: linear(state))
         assert list(hbll.part(linear).parameters()) == list(linear.parameters())
+
+
+class Reading(nn.Module):
+    """A model whose layers read a tensor beside their own weights."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.embed = nn.Linear(5, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+        self.plain = torch.ones(6)
+        self.register_buffer("table", torch.rand(6))
+        self.scale = nn.Parameter(torch.rand(6))
+        self.what = what
+
+    def forward(self, x):
+        state = self.embed(x)
+        for layer in self.layers:
+            state = torch.tanh(layer(state)) * (torch.arange(6) if self.what == "made" else getattr(self, self.what))
+        return self.head(state)
+
+
+AT = ["layers.0", "layers.1", "layers.2", "head"]
+
+
+@pytest.mark.parametrize("what", ["plain", "made"])
+def test_a_tensor_that_tracing_would_freeze_is_refused(what):
+    with pytest.raises(ValueError, match="neither its parameter nor its buffer and that the parts would keep as it is"):
+        hbll.Chain.cut(Reading(what), AT)
+
+
+@pytest.mark.parametrize("what", ["table", "scale"])
+def test_a_models_own_tensor_is_shared_by_the_parts_that_read_it(what):
+    model, x = Reading(what), torch.randn(4, 5)
+    chain = hbll.Chain.cut(model, AT)
+    torch.testing.assert_close(chain(x), model(x))
+    parameters = [p for name, p in model.named_parameters() if what == "scale" or name != "scale"]
+    assert {id(p) for p in chain.parameters()} == {id(p) for p in parameters}
+    found, expected = (torch.autograd.grad(net(x).square().sum(), parameters) for net in (chain, model))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -16,6 +16,7 @@ from tests.networks import (
     gradients,
     masked,
     residual,
+    transformer,
     unmasked,
 )
 from torch.utils._pytree import tree_leaves
@@ -291,13 +292,47 @@ def test_batches_in_flight_agree_in_what_of_their_context_is_no_tensor():
         rule(x, y)
 
 
-def test_an_error_of_a_batch_that_came_in_before_says_how_to_go_on():
-    network, x, y = residual(3)
+@pytest.mark.parametrize("name", ["pipeline", "scan"])
+def test_what_was_in_flight_is_dropped_with_a_batch_whose_loss_cannot_be_found(name):
+    def loss(scores, y):  # what it takes is not known before it is called
+        return F.cross_entropy(scores, y, reduction="none")
+
+    options = {"sweeps": 1, "credit_sweeps": 0} if name == "scan" else {}
+    network, x, y = residual(4)
+    rule = make_rule(name, network, loss=loss, **options)
+    if name == "scan":
+        rule.backward(x, y), rule.backward(x, y)  # it learns at once from the first ones
+    rule.backward(x, y + 100)  # whose turn comes in one of the next steps
+    with pytest.raises(ValueError, match=r"that came in some steps before.*what was in flight is dropped: Target"):
+        all(rule.backward(x, y) for _ in range(3))
+    assert not rule.in_flight
+    for _ in range(6):
+        rule.backward(x, y)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "scan", "stream", "greedy"])
+def test_a_wrong_label_is_refused_as_it_comes_in_and_nothing_is_kept_of_its_batch(name):
+    options = {"sweeps": 1, "credit_sweeps": 0} if name == "scan" else {}
+    rules = [make_rule(name, residual(5)[0], **options) for _ in range(2)]
+    _, x, y = residual(5)
+    for i, wrong in enumerate(
+        [None, y + 100, None, None, y.double(), None, y[:-1], y.tolist(), None, -y - 1] + 8 * [None]
+    ):
+        if wrong is not None:
+            with pytest.raises(ValueError, match="labels"):
+                rules[0].backward(x, wrong)
+        else:
+            steps = [rule.backward(x + i, y) for rule in rules]
+            assert steps[0].loss == steps[1].loss
+    assert steps[0].label_loss is not None
+
+
+def test_labels_of_another_class_are_seen_where_every_token_has_one():
+    network, x, y = transformer(4)
     rule = make_rule("pipeline", network)
-    rule.backward(x, y + 100)  # which reaches the head in the next step
-    with pytest.raises(ValueError, match="classes") as failure:
-        rule.backward(x, y)
-    assert any("rule.reset()" in note for note in failure.value.__notes__)
-    rule.reset()
-    for _ in range(3):
-        rule.backward(x, y)
+    for length in (7, 5, 3):  # that of the batch at hand
+        rule.backward(x[:, :length], y[:, :length])
+        with pytest.raises(ValueError, match="take integer labels"):
+            rule.backward(x[:, :length], y[:, : length - 1])
+        with pytest.raises(ValueError, match="classes"):
+            rule.backward(x[:, :length], y[:, :length] + 3)

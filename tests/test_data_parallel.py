@@ -6,12 +6,16 @@ import sys
 
 PROCESS = """
 import copy
+import importlib.util
 import os
 import sys
+import warnings
 from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 import hbll
 
@@ -49,7 +53,9 @@ def check(name, **options):
     torch.manual_seed(rank + 1)
     for _ in range(10):
         x, y = batch()
-        own = alone(x, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing averages
+            own = alone(x, y)
         found = torch.autograd.grad(own.loss, list(alone.parameters()), materialize_grads=True)
         optimizer.zero_grad()
         step = parallel(x, y)
@@ -75,6 +81,57 @@ check("pipeline", stage=2, engine="loop")
 check("paper")
 check("bp")
 check("dgl")
+# Without a wrapper nothing averages: said, and nothing else.
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    make("bp")(*batch())
+assert any("not called by what averages their gradients" in str(warning.message) for warning in said)
+
+
+def averaged(name):
+    # The mean over the processes of what each finds for itself, as the parameters are ordered.
+    alone = make(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.autograd.grad(alone(*own).loss, list(alone.parameters()), materialize_grads=True)
+    both = joined(found)
+    dist.all_reduce(both)
+    return both / 2
+
+
+# Parameters that are spread over processes: sharded as one the rule works, block by block it is refused.
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(rank + 1)
+own = batch()
+for name in ("bp", "tree", "scan", "stream"):
+    sharded = make(name)
+    fully_shard(sharded, mesh=mesh)
+    sharded(*own).loss.backward()
+    found = [torch.zeros(p.shape) if p.grad is None else p.grad.full_tensor() for p in sharded.parameters()]
+    torch.testing.assert_close(joined(found), averaged(name))
+    by_blocks = make(name)
+    for block in by_blocks.network.blocks:
+        fully_shard(block, mesh=mesh)
+    try:
+        by_blocks(*own)
+    except ValueError as refusal:
+        assert "shard the rule as one, fully_shard(rule)" in str(refusal)
+    else:
+        raise AssertionError("it was not refused")
+
+if importlib.util.find_spec("accelerate"):
+    launched = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= launched | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # as its launcher does
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    rule = make("tree")
+    prepared, optimizer = accelerator.prepare(rule, torch.optim.SGD(rule.parameters(), lr=0.1))
+    assert isinstance(prepared, DistributedDataParallel)
+    accelerator.backward(prepared(*own).loss)
+    torch.testing.assert_close(joined(p.grad for p in rule.parameters()), averaged("tree"))
+
 try:
     make("stream").backward(*batch())
 except ValueError as refusal:

@@ -1,6 +1,8 @@
 """Engines. Oracle: calling the blocks one by one, with autograd."""
 
+import itertools
 import random
+import secrets
 import warnings
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hbll.engine
 from hbll import Chain, make_rule
 from hbll.engine import LoopEngine, make_engine
 
@@ -243,21 +246,146 @@ def test_a_branch_on_values_is_refused_or_falls_back():
         torch.testing.assert_close(again[name], expected[name])
 
 
-class LayerDrop(Dense):
-    """Now and then left out, by Python's own random numbers."""
+class Own(Dense):
+    """Scales by a number that something beside torch's generator gives."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
 
     def forward(self, state):
-        return state if random.random() < 0.5 else super().forward(state)
+        return state + self.draw() * super().forward(state)
 
 
-def test_a_draw_that_would_be_recorded_is_refused_or_falls_back():
-    net, x, y = network(LayerDrop)
-    with pytest.raises(
-        ValueError, match=r"block \d cannot be stacked with its like in one call \(they draw from Python's"
-    ):
+def coin():
+    return secrets.randbelow(2)
+
+
+def own_generator(generator=np.random.default_rng(0)):  # noqa: B008
+    return generator.random()
+
+
+def torchs_own_generator(generator=torch.Generator().manual_seed(0)):  # noqa: B008
+    return torch.rand((), generator=generator, dtype=torch.float64)
+
+
+def counted(counter=itertools.count()):  # noqa: B008
+    return next(counter)
+
+
+def outer(tensor=torch.rand(WIDTH, dtype=torch.float64)):  # noqa: B008
+    return tensor
+
+
+FROZEN = {
+    "Python's": (random.random, "they draw from Python's random"),
+    "NumPy's": (np.random.rand, "they draw from NumPy's random"),
+    "a generator of its own": (own_generator, "they compute something else at every call"),
+    "torch's by itself": (torchs_own_generator, "they compute something else at every call"),
+    "a coin": (coin, "they compute something else at every call"),
+    "a counter": (counted, "they compute something else at every call"),
+    "a tensor of others": (
+        outer,
+        r"they compute with a tensor \(4,\) that is neither their parameter nor handed to them",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FROZEN)
+def test_what_a_recording_would_freeze_is_refused_or_falls_back(what):
+    draw, sentence = FROZEN[what]
+    net, x, y = network(lambda: Own(draw))
+    with pytest.raises(ValueError, match=rf"block \d cannot be stacked with its like in one call \({sentence}"):
         make_rule("paper", net, engine="batched")(x, y)
-    with pytest.warns(UserWarning, match="they draw from Python's random"):
-        assert make_rule("paper", net, engine="auto")(x, y).engine == "loop"
+    before = random.getstate(), str(np.random.get_state(legacy=False))
+    rule = make_rule("paper", net)
+    with pytest.warns(UserWarning, match=sentence):
+        assert rule(x, y).engine == "loop"
+    if draw not in (random.random, np.random.rand):
+        assert before == (random.getstate(), str(np.random.get_state(legacy=False)))
+
+
+def test_numbers_that_a_block_makes_itself_are_recorded():
+    class Made(Dense):
+        def forward(self, state):
+            return super().forward(state) * state.new_tensor([1.0, 2.0, 3.0, 4.0]) + torch.arange(WIDTH)
+
+    assert_engines_agree(*network(Made))
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_hooks_within_a_block_are_kept(drop):
+    class Hooked(Dense):
+        def forward(self, state):
+            hidden = F.dropout(self.linear(state), drop)
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: gradient * 0)
+            return state + hidden
+
+    net, x, y = network(Hooked)
+    with pytest.warns(UserWarning, match="they hook gradients"):
+        step, found = stepped(make_rule("tree", net), x, y)
+    assert step.engine == "loop"
+    assert not any(gradient.any() for name, gradient in found.items() if "blocks" in name)
+    with pytest.raises(ValueError, match="they hook gradients"):
+        make_rule("tree", net, engine="batched")(x, y)
+
+
+class Numbered(Dense):
+    """A block with its number, as those of transformers have it for a cache."""
+
+    def __init__(self, number, reads):
+        super().__init__()
+        self.layer_idx, self.reads = number, reads
+
+    def forward(self, state):
+        return super().forward(state) * (self.layer_idx + 1 if self.reads else 1)
+
+
+def test_an_attribute_that_a_forward_does_not_read_does_not_count():
+    numbers = iter(range(BLOCKS))
+    net, x, y = network(lambda: Numbered(next(numbers), False))
+    assert make_rule("paper", net)(x, y).engine == "batched"
+    assert_engines_agree(net, x, y)
+    assert all(type(block) is Numbered for block in net.blocks)
+
+
+def test_an_attribute_in_which_blocks_differ_is_named():
+    numbers = iter(range(BLOCKS))
+    net, x, y = network(lambda: nn.Sequential(Numbered(next(numbers), True)))
+    sentence = r"no two blocks can be stacked: block \d and its like differ in blocks\.0\.0\.layer_idx \(\d, \d"
+    with pytest.raises(ValueError, match=sentence):
+        make_rule("paper", net, engine="batched")(x, y)
+    rule = make_rule("paper", net)
+    with pytest.warns(UserWarning, match=sentence):
+        step, found = stepped(rule, x, y)
+    assert step.engine == "loop"
+    for name, gradient in stepped(make_rule("paper", net, engine="loop"), x, y)[1].items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_recorded_where_there_are_no_numbers(value):
+    net, x, y = network(Dense)
+    x[1, 2] = value
+    rule = make_rule("paper", net)
+    assert rule(x, y).engine == "batched"
+    x[1, 2] = 0.5
+    torch.testing.assert_close(rule(x, y).loss, make_rule("paper", net, engine="loop")(x, y).loss)
+
+
+def test_recordings_are_bounded(monkeypatch):
+    monkeypatch.setattr(hbll.engine, "RECORDINGS", 3)
+    net, *_ = network(Dense, 2)
+    engine = engine_of(net)
+    for length in (2, 3, 4, 5, 2, 3):
+        inputs = torch.randn(2, length, WIDTH, dtype=torch.float64)
+        expected = torch.stack([block(state) for block, state in zip(net.blocks, inputs, strict=True)])
+        torch.testing.assert_close(engine((1, 2), inputs, [{}, {}]).outputs, expected)
+        assert len(engine._recorded) <= 3
+    used = list(engine._recorded.values())
+    engine((1, 2), torch.randn(2, 5, WIDTH, dtype=torch.float64), [{}, {}])
+    assert list(engine._recorded.values()) == [*used[1:], used[0]]  # nothing was recorded again
 
 
 @pytest.mark.parametrize("which", ["down", "down and out"])

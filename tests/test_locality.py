@@ -156,6 +156,60 @@ def test_a_block_that_captures_another_ones_parameters(peeking, seen):
         assert row.outside == (f"block {seen}",)
 
 
+@pytest.mark.parametrize("rule", ["tree", "bll", "greedy"])
+def test_what_a_block_reads_in_training_alone_is_found(rule):
+    class PeekingInTraining(Peeking):
+        def forward(self, state):
+            return super().forward(state) if self.training else torch.tanh(self.linear(state))
+
+    net = network()
+    net.blocks[5] = PeekingInTraining(net.blocks[0]).double()
+    made = make_rule(rule, net)
+    for mode in (True, False):
+        found = audit(made.train(mode), *batch())
+        assert {row.stage for row in found.rows if "block 1" in row.outside} >= {6}
+        assert made.training is mode
+
+
+@pytest.mark.parametrize("rule", ["bp", "tree", "dgl"])
+def test_parameters_that_no_part_owns_are_named(rule):
+    common = nn.Linear(WIDTH, WIDTH).double()
+    net = network(4)
+    net.blocks[1] = Peeking(common).double()
+    found = audit(make_rule(rule, net), *batch())
+    assert "elsewhere" in {name for row in found.rows for name in row.outside}
+    assert not found.local
+
+
+@pytest.mark.parametrize("rule", ["bp", "scan", "pipeline", "dgl"])
+def test_a_network_with_parameters_of_no_part_is_refused(rule):
+    net = network(4)
+    net.gain = nn.Parameter(torch.ones(WIDTH))
+    with pytest.raises(ValueError, match=r"nor the head is made \(gain\), and no stage would train them"):
+        make_rule(rule, net)
+    net.gain.requires_grad_(False)
+    make_rule(rule, net)
+
+
+def test_a_loss_with_parameters_belongs_to_the_last_stage():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, logits, y):
+            return F.cross_entropy(self.scale * logits, y, reduction="none")
+
+    found = audit(make_rule("cff", network(4), loss=Scaled()), *batch())
+    assert found.local
+    assert "loss" in found.rows[-1].reaches
+
+
+def test_what_is_no_rule_is_refused():
+    with pytest.raises(ValueError, match="what is audited is a rule"):
+        audit(None, *batch())
+
+
 def test_a_head_that_captures_the_embed():
     net = network()
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.networks import mlp
 from torch import nn
 
 import hbll
@@ -428,3 +430,41 @@ def test_former_names_say_the_new_ones(name, said):
 def test_former_modules_say_the_new_ones(module, said):
     with pytest.raises(ImportError, match=said):
         __import__(module)
+
+
+@pytest.mark.parametrize("path", [2.0, True, (1, 2.0), {1}])
+def test_what_is_no_path_is_refused(path):
+    net, x, _ = mlp(4)
+    with pytest.raises(ValueError, match="a path is a name such as 4-6-7, a list of blocks, or their number; got"):
+        net(x, path=path)
+    with pytest.raises(ValueError, match="a path is"):
+        hbll.make_rule("bp", net, path=path)
+
+
+@pytest.mark.parametrize(
+    ("dim", "right"), [(0, False), (1, True), (2, True), (3, False), (-1, True), (-2, True), (-3, False)]
+)
+def test_the_dimension_of_features_is_one_of_the_state_and_not_the_batchs(dim, right):
+    net, *_ = mlp(4)
+    net.feature_dim = dim
+    state = torch.zeros(2, 3, 4)
+    if right:
+        assert state.shape[net.features(state)] == state.shape[dim]
+    else:
+        with pytest.raises(ValueError, match=f"feature_dim={dim} is no dimension of features of a state"):
+            net.features(state)
+
+
+def test_states_of_vectors_have_no_second_dimension_of_features():
+    net, x, y = mlp(4)
+    net.feature_dim = 2
+    with pytest.raises(ValueError, match="feature_dim=2 is no dimension of features"):
+        hbll.make_rule("tree", net)(x, y)
+
+
+def test_a_rule_is_given_by_its_name():
+    with pytest.raises(ValueError, match=r"give the rule by its name, one of paper, .*; got None"):
+        hbll.make_rule(None, mlp(4)[0])
+    for value in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="variance must be"):
+            hbll.make_rule("tree", mlp(4)[0], variance=value)

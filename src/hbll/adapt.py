@@ -128,6 +128,13 @@ def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
             f"a {type(model).__name__} does more than hand one tensor on ({str(error).splitlines()[0]}): cut it by hand, "
             "hbll.Chain(embed=hbll.part(function, *modules), blocks=.., head=..)"
         ) from error
+    for node in (*graph.nodes, *training.nodes):
+        if node.op == "get_attr" and not _registered(model, str(node.target)):
+            raise ValueError(
+                f"a {type(model).__name__} computes with a tensor, {node.target}, that is neither its parameter nor its "
+                "buffer and that the parts would keep as it is: register it as a buffer, or cut by hand with hbll.part and "
+                "a context"
+            )
     if str(training) != str(graph):
         raise ValueError(
             f"what a {type(model).__name__} computes between these modules depends on whether it trains, as "
@@ -136,13 +143,23 @@ def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
     return graph
 
 
+def _registered(model: nn.Module, name: str) -> bool:
+    """Whether a tensor is a parameter or a buffer of the model's own; those that tracing found elsewhere have such names."""
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return name in known and not name.startswith("_tensor_constant")
+
+
 def _piece(model: nn.Module, own: Sequence[fx.Node], nodes: Sequence[fx.Node], end: int) -> nn.Module:
     """The nodes of one piece as a module, from what the piece before computed last to what it computes last."""
     inside = set(own)
-    taken = dict.fromkeys(a for node in own for a in node.all_input_nodes if a not in inside)
+    outside = dict.fromkeys(a for node in own for a in node.all_input_nodes if a not in inside)
+    weights = [node for node in outside if node.op == "get_attr"]  # which every piece that uses them has
+    taken = [node for node in outside if node.op != "get_attr"]
     begins = nodes.index(own[0])
     crossing = [
-        node for node in nodes[:end] if any(user.op == "output" or nodes.index(user) >= end for user in node.users)
+        node
+        for node in nodes[:end]
+        if node.op != "get_attr" and any(user.op == "output" or nodes.index(user) >= end for user in node.users)
     ]
     if len(taken) > (begins > 0) or len(crossing) != 1:
         raise ValueError(
@@ -154,7 +171,7 @@ def _piece(model: nn.Module, own: Sequence[fx.Node], nodes: Sequence[fx.Node], e
         return model.get_submodule(str(calls[0].target))  # the user's own module
     graph = fx.Graph()
     copies = {node: graph.placeholder("state") for node in taken}
-    for node in own:
+    for node in (*weights, *own):
         copies[node] = graph.node_copy(node, lambda before: copies[before])
     graph.output(copies[crossing[0]])
     return fx.GraphModule(model, graph)

@@ -8,20 +8,30 @@ width; gradients flow back into the blocks' own parameters. Both give the same n
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from hbll.network import Context, apply, check_tensor, chosen, first_of
 
 __all__ = ["BatchedEngine", "Engine", "Evaluation", "LoopEngine", "make_engine", "stack"]
+
+RECORDINGS = 128
+"""How many recordings an engine keeps, those used last: one for every number of blocks and shape of their inputs."""
+
+LOOKS = 4
+"""How often blocks are called again before they are recorded: a coin that is tossed in them falls the same way at times."""
+
+CHANGING = "they compute something else at every call, of which one would be recorded"
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,8 @@ class BatchedEngine(LoopEngine):
 
     The blocks' forward is vmapped over stacked parameters, recorded once per input shape as plain batched operations, and
     replayed from then on, because vmap and module calls cost more than the arithmetic of a small block. Plain attributes
-    of blocks (a dropout rate) are therefore read once.
+    of blocks (a dropout rate) are therefore read once. What else a recording would freeze, such as a number drawn by
+    NumPy, is found by comparing it with the blocks called one by one, and is not recorded.
     """
 
     name = "batched"
@@ -94,6 +105,10 @@ class BatchedEngine(LoopEngine):
         super().__init__(blocks, names)
         self._fall_back = fall_back
         self._kinds = architectures(blocks)
+        # Blocks that differ in all their numbers, as by their own, may have a forward that does not read them.
+        self._alike = len(set(self._kinds)) == len(blocks)
+        if self._alike:
+            self._kinds = architectures(blocks, attributes=False)
         self._modules = [list(block.modules()) for block in blocks]
         self._recorded: dict[tuple, Callable[..., Tensor]] = {}
 
@@ -140,12 +155,29 @@ class BatchedEngine(LoopEngine):
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in (inputs, *beside))
         key = (self._kinds[first], self._modes(nodes[0]), shapes, device, autocast, form)
-        if key not in self._recorded:
+        recorded = self._recorded.pop(key, None)
+        if recorded is None:
             names = [name for _, _, name in self._slots[first]]
-            self._recorded[key] = record_batched(
-                self.names[first], self.blocks[first], names, stacked, (inputs, *beside), form
-            )
-        return self._recorded[key]
+            blocks = [self.blocks[n - 1] for n in nodes]
+            with self._told_apart(blocks) if self._alike else nullcontext():
+                recorded = record_batched(self.names[first], blocks, names, stacked, (inputs, *beside), form)
+            while len(self._recorded) >= RECORDINGS:
+                del self._recorded[next(iter(self._recorded))]
+        self._recorded[key] = recorded  # behind all others, which are dropped before it
+        return recorded
+
+    @contextmanager
+    def _told_apart(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Raises ValueError if something is read inside of the first block in which the others differ."""
+        try:
+            with _reads(blocks[0]) as read:
+                yield
+        finally:
+            if difference := _difference(blocks, read):
+                raise ValueError(
+                    f"no two blocks can be stacked: {self.names[self.blocks.index(blocks[0])]} and its like differ in "
+                    f"{difference}, which their forward reads"
+                )
 
 
 @dataclass(frozen=True)
@@ -183,85 +215,190 @@ def _stacked_contexts(contexts: Sequence[Context]) -> tuple[list[Tensor], _Form]
 
 def record_batched(
     title: str,
-    block: nn.Module,
+    blocks: Sequence[nn.Module],
     names: Sequence[str],
     stacked: Sequence[Tensor],
     inputs: Sequence[Tensor],
     form: _Form,
 ) -> Callable[..., Tensor]:
-    """A block's forward for many sets of parameters at once, as a function of (*stacked parameters, *inputs).
+    """The forward of many blocks at once, as a function of (*stacked parameters, *inputs).
 
     Args:
-        title: what error messages call the block.
-        names: of its parameters.
-        stacked: those of n blocks, (n, ...) each.
+        title: what error messages call the first block.
+        blocks: n of them, of one architecture.
+        names: of the parameters of each.
+        stacked: these parameters, (n, ...) each.
         inputs: the states, then the tensors of their contexts, (n, ...) each.
         form: of the contexts.
 
     Raises:
-        ValueError: the block does something that cannot be batched, such as a branch on values.
+        ValueError: the blocks do something that cannot be batched, such as a branch on values, or that a recording would
+            freeze or leave out.
     """
     count = len(stacked)
 
-    def call(parameters: Sequence[Tensor], state: Tensor, beside: Sequence[Tensor]) -> Tensor:
+    def call(block: nn.Module, parameters: Sequence[Tensor], state: Tensor, beside: Sequence[Tensor]) -> Tensor:
         parts = dict(zip(names, parameters, strict=True))
         output = first_of(functional_call(block, parts, (state,), chosen(block, form.context(beside))))
         check_tensor(title, output)
         return output
 
     def batched(*tensors: Tensor) -> Tensor:
-        return vmap(call, randomness="different")(tensors[:count], tensors[count], tensors[count + 1 :])
+        def one(*own: Any) -> Tensor:
+            return call(blocks[0], *own)
 
-    draws = random.getstate()
+        return vmap(one, randomness="different")(tensors[:count], tensors[count], tensors[count + 1 :])
+
+    def looped(*tensors: Tensor) -> Tensor:
+        rows = zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
+        return torch.stack(
+            [call(b, row[:count], row[count], row[count + 1 :]) for b, row in zip(blocks, rows, strict=True)]
+        )
+
+    tensors = [tensor.detach() for tensor in (*stacked, *inputs)]
     try:
-        with _attention(inputs[0].device.type), torch.random.fork_rng(_devices(inputs[0])):
-            graph = make_fx(batched)(*(tensor.detach() for tensor in (*stacked, *inputs)))
-        if random.getstate() != draws:
-            raise RuntimeError("they draw from Python's random, of which one draw would be recorded")
+        with _attention(inputs[0].device.type), _same_draws(tensors[0]):
+            graph, again = make_fx(batched)(*tensors), make_fx(batched)(*tensors)
+            _check_constants(graph, again)
+            return _faithful(graph, batched, looped, tensors)
     except RuntimeError as error:
         raise ValueError(
             f"{title} cannot be stacked with its like in one call ({str(error).splitlines()[0]})"
         ) from error
-    # vmap leaves views that change nothing and products with 1; each would cost an operation forward and one backward.
+
+
+@contextmanager
+def _same_draws(tensor: Tensor) -> Iterator[None]:
+    """Leaves the states of random numbers as they were, so that a resumed run draws the same.
+
+    Raises:
+        RuntimeError: other numbers than torch's were drawn, of which a recording would have one draw for ever.
+    """
+    drawn, sampled = random.getstate(), np.random.get_state(legacy=False)
+    try:
+        with torch.random.fork_rng(_devices(tensor)):
+            yield
+    finally:
+        others = {
+            "Python's": random.getstate() != drawn,
+            "NumPy's": str(np.random.get_state(legacy=False)) != str(sampled),
+        }
+        random.setstate(drawn)
+        np.random.set_state(sampled)
+        for whose, moved in others.items():
+            if moved:
+                raise RuntimeError(f"they draw from {whose} random, of which one draw would be recorded")
+
+
+def _check_constants(graph: fx.GraphModule, again: fx.GraphModule) -> None:
+    """RuntimeError if a recording has something in it that would be another one at another call, or that may be."""
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = getattr(graph, node.target)
+        # A tensor that the forward made of plain numbers is copied before it is used.
+        made = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not made:
+            raise RuntimeError(
+                f"they compute with a tensor {tuple(value.shape)} that is neither their parameter nor handed to them, and "
+                "that would be recorded: let embed return it in the context"
+            )
+    if str(graph.graph) != str(again.graph) or not all(map(_equal_constants, _constants(graph), _constants(again))):
+        raise RuntimeError(CHANGING)
+
+
+def _constants(graph: fx.GraphModule) -> list[Any]:
+    return [getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"]
+
+
+def _equal_constants(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return True  # such as a generator, which goes on drawing
+
+
+def _faithful(
+    graph: fx.GraphModule,
+    batched: Callable[..., Tensor],
+    looped: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+) -> Callable[..., Tensor]:
+    """The recording if it has the values and gradients of the blocks called one by one, or else the vmapped call.
+
+    A recording has not if the block uses torch.no_grad() or an autograd.Function with a backward of its own: neither leaves
+    a trace in the operations recorded.
+
+    Raises:
+        RuntimeError: the vmapped call has others too.
+    """
+    draws = any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.graph.nodes)
+    with _Hooks() as hooks, torch.enable_grad():
+        expected = _results(looped, tensors)
+    if hooks.found:
+        raise RuntimeError("they hook gradients, which a stacked call has not block by block")
+    with torch.no_grad():
+        if not all(_agree(_results(looped, tensors), expected[:1]) for _ in range(LOOKS)):
+            raise RuntimeError(CHANGING)
+    if draws:  # of which blocks that are called one by one have others: the vmapped call has the recording's
+        with torch.enable_grad():
+            try:
+                expected = _results(batched, tensors)
+            except RuntimeError:  # fused operations that vmap leaves without a derivative, but a recording takes apart
+                return _replayed(graph)
+    with torch.enable_grad():
+        if _agree(_results(graph.forward, tensors), expected):
+            return _replayed(graph)
+        if draws or _agree(_results(batched, tensors), expected):
+            return batched
+    raise RuntimeError("stacked, they compute something else than one by one")
+
+
+class _Hooks(TorchFunctionMode):
+    """Sees hooks being put on tensors."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+        return func(*args, **(kwargs or {}))
+
+
+def _results(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The output of a function and its gradients in all that it is of."""
+    torch.manual_seed(0)  # blocks may draw random numbers
+    leaves = [tensor.clone().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+    output = function(*leaves)
+    if not output.requires_grad:
+        return [output]
+    # Not a plain sum: a softmax or a norm at the end of a block would hide everything before it.
+    cotangent = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output, wanted, cotangent, materialize_grads=True)]
+
+
+def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    device = expected[0].device.type
+    precision = max(torch.finfo(tensor.dtype).eps for tensor in expected)
+    if torch.is_autocast_enabled(device):
+        precision = max(precision, torch.finfo(torch.get_autocast_dtype(device)).eps)
+    # Beside the largest gradient one that is 0 but for rounding counts as such. Where a run diverges there is no number.
+    numbers = [other.isfinite() for other in expected]
+    scales = [torch.where(number, other, 0).abs().max() for number, other in zip(numbers, expected, strict=True)]
+    rounding = 8 * precision * torch.stack(scales).max()
+    return len(found) == len(expected) and all(
+        bool(torch.where(number, (one - other).abs() <= precision**0.5 * scale + rounding, ~one.isfinite()).all())
+        for one, other, number, scale in zip(found, expected, numbers, scales, strict=True)
+    )
+
+
+def _replayed(graph: fx.GraphModule) -> Callable[..., Tensor]:
+    """A recording without the operations that change nothing, each of which would cost one more backward."""
     for node in graph.graph.nodes:
         if node.op == "call_function" and _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.recompile()
-    return graph.forward if _same_gradients(graph.forward, batched, (*stacked, *inputs)) else batched
-
-
-def _same_gradients(
-    recorded: Callable[..., Tensor], original: Callable[..., Tensor], tensors: Sequence[Tensor]
-) -> bool:
-    """Whether a recording has the original's values and gradients.
-
-    It has not if the block uses torch.no_grad() or an autograd.Function with a backward of its own: neither leaves a trace
-    in the operations recorded.
-    """
-
-    def results(function: Callable[..., Tensor]) -> list[Tensor]:
-        torch.manual_seed(0)  # blocks may draw random numbers
-        leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
-        output = function(*leaves)
-        if not output.requires_grad:
-            return [output]
-        # Not a plain sum: a softmax or a norm at the end of a block would hide everything before it.
-        cotangent = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        return [output.detach(), *torch.autograd.grad(output, wanted, cotangent, materialize_grads=True)]
-
-    def close(first: Tensor, second: Tensor) -> bool:
-        return bool(((first - second).abs() <= torch.finfo(second.dtype).eps ** 0.5 * second.abs().max()).all())
-
-    with torch.random.fork_rng(_devices(tensors[0])), torch.enable_grad():
-        first = results(recorded)
-        try:
-            with _attention(tensors[0].device.type):
-                second = results(original)
-        except RuntimeError:  # fused operations that vmap leaves without a derivative, but a recording takes apart
-            return True
-    return len(first) == len(second) and all(map(close, first, second))
+    return graph.forward
 
 
 def _devices(tensor: Tensor) -> list[torch.device]:
@@ -274,11 +411,12 @@ def _attention(device: str) -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
 
 
-def _changes_nothing(node: torch.fx.Node) -> bool:
+def _changes_nothing(node: fx.Node) -> bool:
+    # vmap leaves views and products with 1.
     aten = torch.ops.aten
     if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default):
         source = node.args[0]
-        return isinstance(source, torch.fx.Node) and node.meta["val"].shape == source.meta["val"].shape
+        return isinstance(source, fx.Node) and node.meta["val"].shape == source.meta["val"].shape
     return node.target is aten.mul.Scalar and node.args[1] in (1, 1.0)
 
 
@@ -299,23 +437,54 @@ def stack(states: Sequence[Tensor]) -> Tensor:
 Engine: TypeAlias = LoopEngine | BatchedEngine
 
 
-def architectures(blocks: Sequence[nn.Module]) -> list[int]:
+def architectures(blocks: Sequence[nn.Module], attributes: bool = True) -> list[int]:
     """A number per block, equal for blocks that compute the same function of their parameters and input.
 
     Two blocks are twins if their modules, plain attributes and parameters' shapes agree, and which of these are the same
     parameter. Blocks with buffers (running statistics change in place), hooks, tensors as plain attributes, or a module
     that occurs twice have no twin.
+
+    Args:
+        attributes: whether numbers and words among the plain attributes count.
     """
     described: list[object] = []
     kinds = []
     for block in blocks:
-        description = _describe(block)
+        description = _describe(block, attributes)
         twins = (kind for kind, other in enumerate(described) if _equal(description, other))
         kind = next(twins, len(described))
         if kind == len(described):
             described.append(description)
         kinds.append(kind)
     return kinds
+
+
+@contextmanager
+def _reads(block: nn.Module) -> Iterator[set[tuple[str, str]]]:
+    """What is read of a block inside: the names of modules, each with that of an attribute."""
+    found: set[tuple[str, str]] = set()
+    kinds = [(module, name, type(module)) for name, module in block.named_modules()]
+    for module, name, kind in kinds:
+
+        def read(self: nn.Module, key: str, name: str = name, kind: Any = kind) -> Any:
+            found.add((name, key))
+            return kind.__getattribute__(self, key)
+
+        module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": read})
+    try:
+        yield found
+    finally:
+        for module, _, kind in kinds:
+            module.__class__ = kind
+
+
+def _difference(blocks: Sequence[nn.Module], read: Iterable[tuple[str, str]]) -> str | None:
+    """The first plain attribute in which blocks differ, with its values, among those that were read."""
+    for name, key in sorted(read):
+        values = [_plain(block.get_submodule(name)).get(key) for block in blocks]
+        if not all(_equal(values[0], value) for value in values if value is not values[0]):
+            return f"{name}.{key} ({', '.join(map(repr, values))})".removeprefix(".")
+    return None
 
 
 def _equal(first: object, second: object) -> bool:
@@ -328,8 +497,16 @@ def _equal(first: object, second: object) -> bool:
 _TORCH_INTERNALS = set(vars(nn.Module()))
 
 
-def _describe(block: nn.Module) -> list | None:
-    """Everything but the parameters' values that a block's function depends on, or None if that cannot be told."""
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are not torch's own."""
+    return {key: value for key, value in vars(module).items() if key not in _TORCH_INTERNALS}
+
+
+def _describe(block: nn.Module, plain: bool) -> list | None:
+    """Everything but the parameters' values that a block's function depends on, or None if that cannot be told.
+
+    plain: whether with the numbers and words among the plain attributes.
+    """
     if next(block.buffers(), None) is not None:
         return None
     parts = [part for _, part in block.named_modules(remove_duplicate=False)]
@@ -340,11 +517,13 @@ def _describe(block: nn.Module) -> list | None:
     for name, module in block.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return None
-        attributes = {key: value for key, value in vars(module).items() if key not in _TORCH_INTERNALS}
+        attributes = _plain(module)
         if any(isinstance(value, Tensor) for value in attributes.values()):
             return None
         parameters = module.named_parameters(recurse=False, remove_duplicate=False)
         shapes = [(key, p.shape, p.dtype, p.device, seen.setdefault(p, len(seen))) for key, p in parameters]
+        if not plain:
+            attributes = {k: v for k, v in attributes.items() if not isinstance(v, int | float | str | None)}
         description.append((name, type(module), attributes, shapes))
     return description
 

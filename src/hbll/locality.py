@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbll.modes import evaluating
+from hbll.modes import looking
 from hbll.network import Chain
 from hbll.rule import Rule, StageLoss, Step
 
@@ -25,7 +25,8 @@ __all__ = ["Audit", "StageAudit", "audit", "locality"]
 class StageAudit:
     """What the graph says of one stage.
 
-    Modules are named ``embed``, ``block 3``, ``head``, and what a rule has besides for its third stage ``auxiliary 3``.
+    Modules are named ``embed``, ``block 3``, ``head``, and what a rule has besides for its third stage ``auxiliary 3``;
+    ``elsewhere`` are parameters that none of these have, and ``loss`` those of the label's loss.
     """
 
     stage: int | str
@@ -68,19 +69,21 @@ class Audit:
 
 
 def audit(rule: Rule, x: Any, y: Any) -> Audit:
-    """Carries one step out, stage by stage, and reads the reach of every loss off its graph.
+    """Carries one step out as in training, stage by stage, and reads the reach of every loss off its graph.
 
     Args:
         rule, x, y: as for ``rule(x, y)``. No gradient and no trace in running statistics is left behind.
 
     Raises:
-        ValueError: the rule's credit comes from other steps, as an asynchronous pipeline's does.
+        ValueError: the rule's credit comes from other steps, as an asynchronous pipeline's does; or it is no rule.
     """
+    if not isinstance(rule, Rule):
+        raise ValueError(f"what is audited is a rule, as hbll.make_rule makes them, not a {type(rule).__name__}")
     if rule.late:
         raise ValueError("an asynchronous pipeline cannot be audited: its credit comes from other steps")
     rule.build(x)
     reader = _Reader(rule)
-    with torch.enable_grad(), evaluating(rule), _thawed(rule):
+    with torch.enable_grad(), looking(rule), _thawed(rule):
         reached: dict[int | str, set[tuple[str, bool]]] = {}
         for loss in rule.losses(x, y, Step(look=True)):
             for stage in loss.stages:
@@ -99,6 +102,9 @@ def locality(rule: Rule, x: Any, y: Any) -> str:
     return "yes" if found.local else f"no: crosses {found.crossed} blocks"
 
 
+ELSEWHERE = "elsewhere"
+
+
 class _Reader:
     """Names the modules that own the leaves of a loss's graph."""
 
@@ -111,6 +117,8 @@ class _Reader:
             **blocks,
             "head": [network.head],
             **beside,
+            "loss": [rule.loss] if isinstance(rule.loss, nn.Module) else [],
+            ELSEWHERE: [],
         }
         self.frozen = {id(parameter) for parameter in rule.parameters() if not parameter.requires_grad}
         self.owners: dict[int, tuple[str, ...]] = {}
@@ -127,7 +135,8 @@ class _Reader:
         found = set()
         for value, receives in ((loss.value, True), *((tensor, False) for tensor in loss.through)):
             for leaf in _leaves(value):
-                for name in self.owners.get(id(leaf), ()):
+                nowhere = (ELSEWHERE,) if isinstance(leaf, nn.Parameter) else ()  # a state may be a leaf as well
+                for name in self.owners.get(id(leaf), nowhere):
                     found.add((name, receives and id(leaf) not in self.frozen))
         return found
 
@@ -142,7 +151,7 @@ class _Reader:
             numbers = {f"block {n}" for n in rule.stages[stage - 1].numbers}
             # By place: a module that is in two places is a stage's own in one of them.
             own = numbers | {f"auxiliary {stage}"} | ({"embed"} if stage == 1 else set())
-            own |= self._names(rule.near(stage)) | ({"head"} if stage == last else set())
+            own |= self._names(rule.near(stage)) | ({"head", "loss"} if stage == last else set())
             own = set() if last == 1 else own
             blocks = own & (numbers | {"embed"})
         uses = passed - blocks

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "IGNORED",
     "Loss",
+    "check_labels",
+    "counts",
     "cross_entropy",
     "mean_loss",
     "mean_losses",
@@ -37,12 +40,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: the labels are no integers, there is not one for each sample or token, or one is outside the classes (a
             CUDA device stops with an assertion).
     """
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != logits.shape[:-1]:
-        got = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        raise ValueError(
-            f"the head's scores {tuple(logits.shape)} take integer labels {tuple(logits.shape[:-1])}, one for each sample "
-            f"or token; got {got}"
-        )
+    _check_form(logits.shape, y)
     try:
         values = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none", ignore_index=IGNORED)
     except IndexError as error:
@@ -50,6 +48,47 @@ def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             f"labels must be classes 0..{logits.shape[-1] - 1}, which the head predicts: {error}"
         ) from error
     return values.view(y.shape), y != IGNORED
+
+
+def _check_form(scores: torch.Size, y: Any) -> None:
+    if len(scores) < 2:
+        raise ValueError(
+            f"the head gives scores {tuple(scores)}, without a dimension for the samples: hand over batches, one sample as "
+            "x.unsqueeze(0) with a label (1,)"
+        )
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != scores[:-1]:
+        got = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ValueError(
+            f"the head's scores {tuple(scores)} take integer labels {tuple(scores[:-1])}, one for each sample or token; got "
+            f"{got}"
+        )
+
+
+def check_labels(loss: Loss, scores: torch.Size, y: Any) -> None:
+    """Looks at labels before their batch comes to the head, as far as a loss of this file is known to take them.
+
+    Args:
+        scores: the shape of what the head will give.
+
+    Raises:
+        ValueError: as the loss. Classes outside the head's are seen on a CPU alone; a CUDA device would have to be waited
+            for.
+    """
+    if loss is cross_entropy:
+        _check_form(scores, y)
+        wrong = (y != IGNORED) & ((y < 0) | (y >= scores[-1]))
+        if y.device.type == "cpu" and bool(wrong.any()):
+            raise ValueError(
+                f"labels must be classes 0..{scores[-1] - 1}, which the head predicts: {y[wrong][0].item()} is out of bounds"
+            )
+    elif loss is squared_error and (not isinstance(y, Tensor) or y.shape != scores):
+        got = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ValueError(f"predictions {tuple(scores)} take labels of that shape; got {got}")
+
+
+def counts(loss: Loss, y: Any) -> Tensor | None:
+    """Whether any label of a batch does, a scalar of 0 or 1; None where a loss is not known to leave labels out."""
+    return (y != IGNORED).any() if loss is cross_entropy and isinstance(y, Tensor) else None
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
@@ -61,13 +100,15 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: they differ in shape.
     """
-    if prediction.shape != y.shape:
-        raise ValueError(f"predictions {tuple(prediction.shape)} take labels of that shape; got {tuple(y.shape)}")
+    check_labels(squared_error, prediction.shape, y)
     return (prediction - y).square().sum(-1) / 2
 
 
-def sample_losses(loss: Loss, prediction: Any, y: Any) -> tuple[Tensor, Tensor]:
+def sample_losses(loss: Loss, prediction: Any, y: Any, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The values of a loss, (B,) or (B, T), and their weights.
+
+    Args:
+        counted: of the same shape, 0 or false where a value is not to count; None if all do.
 
     Raises:
         ValueError: the loss is one number for the whole batch.
@@ -78,7 +119,7 @@ def sample_losses(loss: Loss, prediction: Any, y: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(
             "the loss must return one value per sample, not their mean: torch's losses take reduction='none'"
         )
-    return values, weights
+    return values, weights if counted is None else weights * counted
 
 
 def row_means(values: Tensor, weights: Tensor, rows: int) -> Tensor:
@@ -87,17 +128,19 @@ def row_means(values: Tensor, weights: Tensor, rows: int) -> Tensor:
     return values.sum(1) / weights.sum(1).clamp_min(1)
 
 
-def mean_losses(loss: Loss, prediction: Tensor, y: Tensor) -> Tensor:
+def mean_losses(loss: Loss, prediction: Tensor, y: Tensor, counted: Tensor | None = None) -> Tensor:
     """The mean loss of every row of predictions (n, B, ..., C) of labels (n, B, ...): (n,), with graph.
 
-    Labels of weight 0 do not count.
+    Labels of weight 0 do not count, nor do those that are not ``counted``, (n, B, ...).
     """
-    return row_means(*sample_losses(loss, prediction.flatten(0, 1), y.flatten(0, 1)), len(y))
+    counted = None if counted is None else counted.flatten(0, 1)
+    return row_means(*sample_losses(loss, prediction.flatten(0, 1), y.flatten(0, 1), counted), len(y))
 
 
-def mean_loss(loss: Loss, prediction: Any, y: Any) -> Tensor:
-    """The mean loss of predictions (B, ..., C) of labels (B, ...), a scalar with graph; labels of weight 0 do not count."""
-    return row_means(*sample_losses(loss, prediction, y), 1).squeeze(0)
+def mean_loss(loss: Loss, prediction: Any, y: Any, counted: Tensor | None = None) -> Tensor:
+    """The mean loss of predictions (B, ..., C) of labels (B, ...), a scalar with graph; labels of weight 0 do not count, nor
+    do those that are not ``counted``, (B, ...)."""
+    return row_means(*sample_losses(loss, prediction, y, counted), 1).squeeze(0)
 
 
 def wide(values: Tensor) -> Tensor:

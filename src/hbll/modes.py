@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-__all__ = ["evaluating", "is_trained"]
+__all__ = ["evaluating", "is_trained", "looking"]
 
 
 @contextmanager
@@ -18,6 +19,25 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+@contextmanager
+def looking(module: nn.Module) -> Iterator[None]:
+    """The module as it trains: parts in the modes that they are in, or all in training mode if the module is not; afterwards
+    modes, running statistics and torch's random numbers are as they were."""
+    modes = {part: part.training for part in module.modules()}
+    kept = {buffer: buffer.detach().clone() for buffer in module.buffers()}
+    devices = {buffer.device for buffer in (*module.parameters(), *module.buffers()) if buffer.device.type == "cuda"}
+    if not module.training:
+        module.train()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        for buffer, value in kept.items():
+            buffer.copy_(value)
 
 
 def is_trained(module: nn.Module) -> bool:

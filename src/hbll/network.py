@@ -32,6 +32,7 @@ __all__ = [
     "first_of",
     "out_of_order",
     "picked",
+    "resolve",
     "takes",
 ]
 
@@ -197,13 +198,7 @@ class Chain(nn.Module):
         Raises:
             ValueError: the tree has no such path.
         """
-        if path is None:
-            return self.tree.chain
-        if isinstance(path, str):
-            return self.tree.parse(path)
-        if isinstance(path, int):
-            return self.tree.path(blocks=path)
-        return self.tree.check_path(path)
+        return resolve(self.tree, path)
 
     def way(self, path: PathLike) -> Readout:
         """What ``resolve`` takes, or a readout, as a readout."""
@@ -229,11 +224,21 @@ class Chain(nn.Module):
         return nn.Sequential(self.embed, *(self.blocks[n - 1] for n in self.resolve(path)), self.head)
 
     def features(self, state: Tensor) -> int:
-        """The dimension, counted from the end, that holds the features of a state."""
+        """The dimension, counted from the end, that holds the features of a state.
+
+        Raises:
+            ValueError: the state has no such dimension, or it is the batch's.
+        """
         dim = self.feature_dim
         if dim is None:
             dim = 1 if state.ndim >= 4 else -1
-        return dim if dim < 0 else dim - state.ndim
+        from_end = dim if dim < 0 else dim - state.ndim
+        if not -state.ndim < from_end < 0:
+            raise ValueError(
+                f"feature_dim={dim} is no dimension of features of a state {tuple(state.shape)}: they are numbered 1 to "
+                f"{state.ndim - 1}, after the batch"
+            )
+        return from_end
 
     def save(self, folder: str | FilePath) -> None:
         """Writes ``weights.safetensors``, which carries a checksum, and ``network.json`` into a folder."""
@@ -283,6 +288,19 @@ class Chain(nn.Module):
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def resolve(tree: Tree, path: object) -> Path:
+    """The nodes of a path through a tree; see ``Chain.resolve``."""
+    if path is None:
+        return tree.chain
+    if isinstance(path, str):
+        return tree.parse(path)
+    if isinstance(path, int) and not isinstance(path, bool):
+        return tree.path(path)
+    if isinstance(path, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in path):
+        return tree.check_path(path)
+    raise ValueError(f"a path is a name such as 4-6-7, a list of blocks, or their number; got {path!r}")
 
 
 def apply(name: str, block: nn.Module, state: Tensor, context: Context) -> Tensor:

@@ -8,14 +8,17 @@ Each loss belongs to a stage and is walked back, its gradients taken and its gra
     rule.backward(x, y)                # or: gradients straight into .grad as they come, in the least memory
 """
 
+import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, final
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hbll.carry import Carry, map_tensors, own_copy
 from hbll.cut import Stage, cut
@@ -25,7 +28,7 @@ from hbll.names import check_known
 from hbll.network import Chain, Context, Readout
 from hbll.tree import Path
 
-__all__ = ["Message", "Report", "Rule", "StageLoss", "Step", "attach_gradients"]
+__all__ = ["LateError", "Message", "Report", "Rule", "StageLoss", "Step", "attach_gradients"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class StageLoss:
 
     through: tuple[Tensor, ...] = ()
     """What the stage's credit was carried back through, with its graph, where the value's own graph does not show it."""
+
+    def times(self, counted: Tensor | None) -> "StageLoss":
+        """The same where ``counted`` is 1 or None, and a loss without effect where it is 0; see ``hbll.losses.counts``."""
+        return self if counted is None else replace(self, value=self.value * counted)
 
     @property
     def stages(self) -> tuple[int | str, ...]:
@@ -167,6 +174,10 @@ def attach_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequen
     return _AttachGradients.apply(value.detach(), len(tensors), *tensors, *gradients)
 
 
+class LateError(ValueError):
+    """The label's loss of a mini-batch that came in some steps before cannot be found."""
+
+
 class Rule(nn.Module, ABC):
     """A training rule: a network, cut into stages, and the losses that train it.
 
@@ -178,7 +189,7 @@ class Rule(nn.Module, ABC):
         loss: the label's loss, one value per sample or per token.
 
     Raises:
-        ValueError: it is no chain, or cannot be cut so.
+        ValueError: it is no chain, or cannot be cut so; or it has parameters that no stage would own.
     """
 
     network: Chain
@@ -198,9 +209,14 @@ class Rule(nn.Module, ABC):
         self.network = network
         self.loss = loss
         self.size = stage
-        self._cut: tuple[list[nn.Module], tuple[Stage, ...]] | None = None
+        self._cut: tuple[list[object], tuple[Stage, ...]] | None = None
         self.cut()  # what cannot be cut is said at once
         self._blocks = len(network.blocks)
+        if isinstance(network, Chain) and (found := unowned(network)):
+            raise ValueError(
+                f"the network has parameters of which neither the embed nor a block nor the head is made "
+                f"({', '.join(found)}), and no stage would train them: let one of these have them"
+            )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -212,17 +228,22 @@ class Rule(nn.Module, ABC):
         return self._cut[1]
 
     def _renew(self) -> None:
-        modules, pending = [], [*self.network.blocks]
+        found: list[object] = []
+        pending: list[nn.Module] = [self.network]
         while pending:  # in half of the time that modules() takes
-            modules.append(pending.pop())
-            pending += filter(None, modules[-1]._modules.values())
-        if self._cut is None or self._cut[0] != modules:
+            module = pending.pop()
+            # Pruning and the like leave the module, and give it other parameters.
+            found += (module, *module._parameters, *module._buffers)
+            found += (*module._forward_hooks, *module._forward_pre_hooks)
+            found += (*module._backward_hooks, *module._backward_pre_hooks)
+            pending += filter(None, module._modules.values())
+        if self._cut is None or self._cut[0] != found:
             if len(self.network.blocks) != self._blocks:
                 raise ValueError(
                     f"the network had {self._blocks} blocks when the rule was made and has {len(self.network.blocks)}: make "
                     "the rule anew"
                 )
-            self._cut = modules, self.cut()
+            self._cut = found, self.cut()
 
     def cut(self) -> tuple[Stage, ...]:
         """The network's stages."""
@@ -289,6 +310,13 @@ class Rule(nn.Module, ABC):
         return [*embed, *self.stages[stage - 1].blocks, *self.auxiliary(stage), *head]
 
     @final
+    def compile(self, *args: Any, **kwargs: Any) -> None:  # pyrefly: ignore[bad-override]
+        """Compiles the stages in place, as ``stage.compile`` does; a step itself is not compiled."""
+        for stage in self.stages:
+            stage.compile(*args, **kwargs)
+
+    @final
+    @torch._disable_dynamo
     def forward(self, x: Any, y: Any) -> Step:
         """One training step up to the loss, which has the gradients of the whole step attached.
 
@@ -308,6 +336,12 @@ class Rule(nn.Module, ABC):
                 step = self._taken(x, y, lambda loss: None, Step())
             step.loss = step.loss.detach()
             return step
+        if self.training and _processes() > 1 and not _averaged(self):
+            warnings.warn(
+                "several processes train together, and the rule is not called by what averages their gradients: call "
+                "DistributedDataParallel(rule, find_unused_parameters=True) in its place",
+                stacklevel=2,
+            )
         parameters = [p for p in self.parameters() if p.requires_grad]
         gradients: dict[Tensor, Tensor] = {}
 
@@ -321,6 +355,7 @@ class Rule(nn.Module, ABC):
         return step
 
     @final
+    @torch._disable_dynamo
     def backward(self, x: Any, y: Any, scale: Tensor | float = 1.0) -> Step:
         """One training step whose gradients are added to ``.grad`` as they come: no graph, and no gradient beside those, is
         held for longer than its stage needs.
@@ -336,8 +371,7 @@ class Rule(nn.Module, ABC):
             raise ValueError(
                 "rule.backward finds gradients: call it outside of torch.no_grad(), where rule(x, y) has the loss"
             )
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
+        if _processes() > 1:
             raise ValueError(
                 "rule.backward does not average gradients over processes: wrap the rule, as in "
                 "DistributedDataParallel(rule, find_unused_parameters=True), and call that"
@@ -369,6 +403,8 @@ class Rule(nn.Module, ABC):
     def _taken(self, x: Any, y: Any, walk: Callable[[StageLoss], None], step: Step) -> Step:
         """A whole step, whose losses are walked back by ``walk``."""
         self._renew()
+        _check_batch(x, y)
+        _check_whole(self)
         carries = list(self.carries().values())
         for carry in carries:
             carry.begin()
@@ -378,6 +414,9 @@ class Rule(nn.Module, ABC):
                 total = loss.value.detach() if total is None else total + loss.value.detach()
                 walk(loss)
                 del loss  # with all that its graph holds
+        except LateError:
+            self.reset()
+            raise
         except Exception as error:
             if self.in_flight:
                 error.add_note(
@@ -526,6 +565,54 @@ def _into_grad(scale: Tensor | float) -> Callable[[StageLoss], None]:
             (loss.value if loss.gathered else loss.value * scale).backward()
 
     return walk
+
+
+def unowned(network: Chain) -> list[str]:
+    """The names of a network's parameters that are trained and of which neither embed nor a block nor the head is made."""
+    owned = {p for part in (network.embed, *network.blocks, network.head) for p in part.parameters()}
+    return [
+        name for name, parameter in network.named_parameters() if parameter.requires_grad and parameter not in owned
+    ]
+
+
+def _processes() -> int:
+    """How many train together."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _averaged(rule: Rule) -> bool:
+    """Whether the rule is called by what averages gradients over processes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = fsdp is not None and isinstance(rule, fsdp.FSDPModule)
+    return sharded or DistributedDataParallel._get_active_ddp_module() is not None
+
+
+def _check_batch(x: Any, y: Any) -> None:
+    """Raises ValueError if a batch is none, as far as can be told without the network."""
+    if isinstance(y, Tensor) and y.ndim == 0:
+        raise ValueError(
+            "a label stands alone, without a dimension for the samples: hand over batches, one sample as x.unsqueeze(0) and "
+            "y.unsqueeze(0)"
+        )
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == 1 and len(x) != len(y):
+        raise ValueError(
+            f"inputs {tuple(x.shape)} have labels {tuple(y.shape)}: hand over batches, one sample as x.unsqueeze(0) with a "
+            "label (1,)"
+        )
+    if any(isinstance(values, Tensor) and values.ndim and not len(values) for values in (x, y)):
+        raise ValueError("the batch is empty: leave it out")
+
+
+def _check_whole(rule: Rule) -> None:
+    """Raises ValueError if parameters are spread over processes while a step is taken, which asks for their gradients."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # imported by whoever has such parameters
+    if tensor and any(isinstance(parameter, tensor.DTensor) for parameter in rule.parameters()):
+        raise ValueError(
+            "parameters are spread over processes (DTensor, as fully_shard makes them), and a rule takes the gradients of "
+            "whole ones: shard the rule as one, fully_shard(rule), or replicate it by DistributedDataParallel(rule, "
+            "find_unused_parameters=True)"
+        )
 
 
 def _gradients(loss: StageLoss, parameters: Sequence[Tensor], retain_graph: bool = False) -> dict[Tensor, Tensor]:

@@ -194,7 +194,7 @@ class TestBadInput:
 
     def test_batches(self):
         network, x = RecurrentNetwork(DepthCells(GRU, 2, 3, 2), nn.Linear(3, 2)), torch.zeros(2, 5, 2)
-        for batch in ((x,), (x, [5, 5]), x.numpy()):
+        for batch in ((x,), (x, x, x), x.numpy(), None):
             with pytest.raises(ValueError, match="or a pair of them and their lengths; got a"):
                 network(batch)
 

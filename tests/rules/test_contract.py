@@ -25,6 +25,7 @@ from tests.networks import (
 )
 from tests.oracles.tree_step import reference_loss
 from torch import nn
+from torch.nn.utils import prune
 
 from hbll import Chain, Step, audit, make_rule
 from hbll.losses import cross_entropy, squared_error
@@ -83,7 +84,6 @@ class Contract:
         options: with which it is made.
         tokens: whether every token may have a label.
         shares: whether two stages may train one weight.
-        labels_at_once: whether a label is looked at in the step in which it comes.
         in_flight: whether a step works on other batches than the one that comes in.
         late_reach: of a late rule, which no audit can look at, what each loss moves.
     """
@@ -92,7 +92,6 @@ class Contract:
     options: dict = {"stage": (2, 1, 2)}  # noqa: RUF012
     tokens = True
     shares = True
-    labels_at_once = True
     in_flight = False
     late_reach: dict = {}  # noqa: RUF012
 
@@ -443,8 +442,6 @@ class Contract:
 
     @pytest.mark.parametrize(("bad", "way"), [("input", "forward"), ("label", "backward")])
     def test_a_step_that_fails_leaves_everything_as_it_was(self, way, bad):
-        if bad == "label" and not self.labels_at_once:
-            pytest.skip("labels are looked at when their batch has come through")
         rule, twin = self.made(), self.made()
         all_gradients(rule, batches(FILL)), all_gradients(twin, batches(FILL))
         before = copy.deepcopy(rule.state_dict())
@@ -458,6 +455,62 @@ class Contract:
                 step_gradients(rule, x[:, 1:], y, way)
         assert all(torch.equal(value, before[name]) for name, value in rule.state_dict().items())
         assert_same(all_gradients(rule, batches(4, seed=6)), all_gradients(twin, batches(4, seed=6)))
+
+    def test_where_no_label_counts_nothing_is_learned(self):
+        rule = self.made()
+        for seed, (x, y) in enumerate(batches(FILL)):
+            step, found = step_gradients(rule, x, torch.full_like(y, -100), "backward", seed)
+            assert step.loss == 0
+            assert not any(g.any() for g in found.values())
+            assert step.label_loss in (None, 0)
+
+    def test_what_is_no_batch_is_refused(self):
+        x, y = batches(1)[0]
+        rule = self.made()
+        for inputs, labels, sentence in (
+            (x[:0], y[:0], "the batch is empty"),
+            (x[0], y[0], "hand over batches"),
+            (x[0], y[:1], "hand over batches"),
+            (x, y.tolist(), "got a list"),
+            (x, y.numpy(), "got a ndarray"),
+            (x, None, "got a NoneType"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                rule(inputs, labels)
+
+    def test_a_layer_that_is_changed_is_noticed(self):
+        if self.options.get("copies"):
+            pytest.skip(
+                "copies of blocks are fitted to these parameter by parameter, as both were when the rule was made"
+            )
+        rule, twin = self.made(**self.stacked()), self.made(**self.stacked())
+        all_gradients(rule, batches(FILL))
+        rule.reset()
+        for made in (rule, twin):  # which has not made a step yet
+            torch.manual_seed(3)
+            made.network.blocks[3].linear = nn.Linear(WIDTH, WIDTH).double()
+            prune.l1_unstructured(made.network.blocks[2].linear, "weight", 0.5)
+            made.network.blocks[0].linear.register_forward_hook(lambda module, args, output: output / 2)
+        found, expected = all_gradients(rule, batches(2 * FILL)), all_gradients(twin, batches(2 * FILL))
+        for one, other in zip(found, expected, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in other)
+        for name in ("3.linear.weight", "2.linear.weight_orig", "0.linear.weight"):
+            assert any(gradients[f"network.blocks.{name}"].any() for gradients in found)
+
+    def test_compiled_as_a_whole_it_does_the_same(self):
+        rule, twin = self.made(**self.in_a_loop()), self.made(**self.in_a_loop())
+        compiled = torch.compile(rule, backend="eager")
+        for seed, (x, y) in enumerate(batches(4)):
+            torch.manual_seed(seed)
+            compiled.zero_grad()
+            compiled(x, y).loss.backward()
+            found = {n: p.grad for n, p in rule.named_parameters() if p.grad is not None}
+            expected = step_gradients(twin, x, y, seed=seed)[1]
+            assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
+
+    def stacked(self):
+        """The option for stages that are stacked where they are alike."""
+        return {"engine": "batched", "stage": 1} if "engine" in options_of(self.name) else {}
 
     def test_a_loss_that_averages_over_the_batch_is_refused(self):
         rule = self.made(loss=F.cross_entropy)
@@ -562,7 +615,6 @@ class TestTree(ByTree):
 class TestScan(Contract):
     name = "scan"
     options = {"stage": (2, 1, 2), "sweeps": 1, "credit_sweeps": 0}  # noqa: RUF012  (so that batches wait)
-    labels_at_once = False
     in_flight = True
 
 
@@ -599,7 +651,6 @@ class TestSolo(Contract):
 
 class TestPipeline(Contract):
     name = "pipeline"
-    labels_at_once = False
     in_flight = True
     # A stage learns by itself, and the head by the label.
     late_reach = {  # noqa: RUF012

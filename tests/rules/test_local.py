@@ -283,7 +283,6 @@ def test_samples_without_a_label_are_left_out(name, monkeypatch):
         (torch.zeros(4, 2, dtype=int), r"labels.* \(B,\).*; got \(4, 2\)|4 samples; got labels \(4, 2\)"),
         (torch.zeros(4), r"labels are integer classes here, .*; got \(4,\) of torch.float32"),
         ([0, 1, 2, 0], "labels are integer classes here, .*; got a list"),
-        (torch.full((4,), -100), "no label of the batch counts: all are -100"),
         (torch.tensor([0, 1, 2, 3]), r"labels must be classes 0\.\.2"),
     ],
 )

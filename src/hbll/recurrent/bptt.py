@@ -19,7 +19,7 @@ class Backpropagation(RecurrentRule):
     """One call of the cell per time step, and autograd back through all of them: work 3N, span 2N."""
 
     def losses_in_time(self, x: Tensor, y: Tensor, present: Tensor | None, step: Step) -> Iterator[StageLoss]:
-        value = mean_loss(self.loss, self.network.head(self._read(x, present)), y)
+        value = mean_loss(self.loss, self.network.head(self._read(x, present)), y, self.read(present))
         note(step, value, backpropagation_cost(len(x)), len(x))
         yield StageLoss(1, value)
 

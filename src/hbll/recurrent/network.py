@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from hbll.models.cells import GRU, LSTM, Cell
+from hbll.modes import is_trained
 from hbll.network import Readout
+from hbll.network import resolve as resolve_in_tree
 from hbll.recurrent.arcs import ArcCells
 from hbll.tree import Path, Tree, format_path
 
-__all__ = ["RecurrentNetwork", "Sequences", "check_network", "padded_start", "tree_of", "walk"]
+__all__ = ["RecurrentNetwork", "Sequences", "beginnings", "check_network", "tree_of", "walk"]
 
 Sequences: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """A batch of sequences, as a network's embed takes them; or, of unequal length, a pair (a list of two, as a DataLoader makes
-it, will do) of sequences that are padded at the start and of their lengths (B,), the chunks that are no padding."""
+it, will do) of sequences that are padded at the start and of their lengths (B,), a tensor or a list of whole numbers, the
+chunks that are no padding. What the padding holds does not matter."""
 
 ExportedT = TypeVar("ExportedT", bound=nn.Module)
 
@@ -89,19 +92,26 @@ class RecurrentNetwork(nn.Module):
         return own or _readout(format_path(path), path)
 
     def embedded(self, x: Sequences) -> tuple[Tensor, Tensor | None]:
-        """The chunks (N, B, I), time first; and (B, N), false for the padding, or None if there is none.
+        """The chunks (N, B, I), time first, those of the padding 0; and (B, N), false for the padding, or None if there is
+        none.
 
         Raises:
             ValueError: sequences or lengths of a wrong shape.
         """
         lengths = None
         if not isinstance(x, Tensor):
-            if not (isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[1], Tensor)):
+            if not (isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[0], Tensor)):
                 raise ValueError(f"a batch is sequences, or a pair of them and their lengths; got a {type(x).__name__}")
             x, lengths = x
+        if is_trained(self.embed):  # by what it is given, in the padding too
+            check_numbers(x)
         chunks = self.embed(x)
         check_sequences(chunks, self.cell.inputs)
-        return chunks.transpose(0, 1), presence(lengths, chunks)
+        present = presence(lengths, chunks)
+        if present is not None:
+            chunks = torch.where(present.unsqueeze(-1), chunks, 0)
+        check_numbers(chunks)
+        return chunks.transpose(0, 1), present
 
     def forward(self, x: Sequences, path: str | int | Sequence[int] | None = None) -> Tensor:
         """The head's output along a path.
@@ -126,7 +136,7 @@ class RecurrentNetwork(nn.Module):
         if chain:
             hidden, _ = walk(self.cell, chunks, state, present)
             return self.head(torch.stack(hidden, 1) if self.every_step else hidden[-1])
-        chunks, first = padded_start(chunks, present)
+        first = beginnings(present)
         for arc in zip((0, *times), (*times, len(chunks)), strict=True):
             state = self.cells(chunks, [arc], state.unsqueeze(0), first)[0]
         return self.head(self.cell.hidden(state))
@@ -207,9 +217,7 @@ def resolve(path: str | int | Sequence[int] | None, length: int) -> Path:
     if length == 1:
         raise ValueError("a sequence of one chunk has one path, the chain")
     tree = tree_of(length)
-    if isinstance(path, str):
-        return tree.rim if path == "tree" else tree.parse(path)
-    return tree.path(path) if isinstance(path, int) else tree.check_path(path)
+    return tree.rim if path == "tree" else resolve_in_tree(tree, path)
 
 
 def check_network(network: nn.Module) -> None:
@@ -222,37 +230,40 @@ def check_network(network: nn.Module) -> None:
 
 
 def check_sequences(x: Tensor, inputs: int) -> None:
-    """Raises ValueError unless x is (B, N, I) with at least one sequence of at least one chunk of the cell's width.
-
-    On a CPU also if it holds a NaN; on a GPU looking would stall it, and the training loop finds the NaN of the loss.
-    """
+    """Raises ValueError unless x is (B, N, I) with at least one sequence of at least one chunk of the cell's width."""
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"sequences are (batch, chunks, inputs), none of them 0; got {tuple(x.shape)}")
     if x.shape[2] != inputs:
         raise ValueError(f"the cell reads chunks of width {inputs}; got {x.shape[2]}")
-    if x.device.type == "cpu" and bool(x.isnan().any()):
-        raise ValueError("a sequence holds NaN, which is not a number to learn from")
 
 
-def presence(lengths: Tensor | None, x: Tensor) -> Tensor | None:
+def check_numbers(x: Tensor) -> None:
+    """On a CPU raises ValueError if x holds NaN or an infinity; on a GPU looking would stall it, and the training loop finds
+    the NaN of the loss."""
+    if x.device.type == "cpu" and not bool(x.isfinite().all()):
+        raise ValueError("a sequence holds NaN or an infinity, which is not a number to learn from")
+
+
+def presence(lengths: Any, x: Tensor) -> Tensor | None:
     """(B, N), false for the padding at the start of sequences (B, N, ...); None if there is none.
 
     Raises:
-        ValueError: a length is not within 1..N.
+        ValueError: the lengths are no whole numbers within 1..N, one for each sequence.
     """
     if lengths is None:
         return None
     count = x.shape[1]
+    try:
+        lengths = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"lengths are whole numbers, one for each sequence; got {lengths!r}") from error
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths are whole numbers, one for each sequence; got {lengths.dtype}")
     if lengths.shape != x.shape[:1] or not bool(((lengths >= 1) & (lengths <= count)).all()):
         raise ValueError(f"lengths are (batch,), each from 1 to {count}; got {lengths.tolist()}")
     return torch.arange(count, device=x.device) >= count - lengths[:, None].to(x.device)
 
 
-def padded_start(x: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The chunks (N, B, I) with zeros for the padding, and the time (B,) at which each sequence begins, as arcs take them.
-
-    ``present`` is (B, N), or None if there is no padding.
-    """
-    if present is None:
-        return x, None
-    return x * present.mT.unsqueeze(-1), (~present).sum(1)
+def beginnings(present: Tensor | None) -> Tensor | None:
+    """The time (B,) at which each sequence begins, as arcs take it; ``present`` (B, N) is None if there is no padding."""
+    return None if present is None else (~present).sum(1)

@@ -72,7 +72,7 @@ class Newton(RecurrentRule):
                 if self.iterations is None and (states[:-1] - before).abs().max() <= self.tolerance:
                     break
             hidden = cell.hidden(states[1:])
-            label = head_credit(network, self.loss, hidden if network.every_step else hidden[-1], y)
+            label = head_credit(network, self.loss, hidden if network.every_step else hidden[-1], y, self.read(present))
             own = cell.widen(label.credit)
             if not network.every_step:
                 own = torch.cat([own.new_zeros(length - 1, *own.shape), own.unsqueeze(0)])

@@ -18,7 +18,7 @@ from hbll.names import check_number
 from hbll.recurrent.arcs import Arc
 from hbll.recurrent.chunks import unroll
 from hbll.recurrent.cost import paper_cost
-from hbll.recurrent.network import RecurrentNetwork, padded_start, tree_of
+from hbll.recurrent.network import RecurrentNetwork, beginnings, tree_of
 from hbll.recurrent.rule import RecurrentRule
 from hbll.rule import StageLoss, Step, attach_gradients
 
@@ -73,14 +73,13 @@ class PaperRule(RecurrentRule):
         length, batch, _ = x.shape
         if length < 2:
             raise ValueError("the tree over time needs sequences of at least 2 chunks")
-        embedded, first = padded_start(x, present)
         # Every level reads the chunks, whose graph can be walked back once: a leaf gathers their gradients.
-        gathers = embedded.requires_grad and not step.look
-        chunks = embedded.detach().requires_grad_() if gathers else embedded
+        gathers = x.requires_grad and not step.look
+        chunks = x.detach().requires_grad_() if gathers else x
         leaves = (chunks,) if gathers else ()
         states = {0: self.network.cell.initial(batch)}
         for level in tree_of(length).levels:
-            value, targets, errors, label = self._level(level, chunks, y, first, states)
+            value, targets, errors, label = self._level(level, chunks, y, present, states)
             states.update(zip(level, targets.unbind(0), strict=True))
             step.report(level, error=errors)
             step.label_loss = label  # of the last level at last, whose end is the longest way from the input
@@ -89,30 +88,30 @@ class PaperRule(RecurrentRule):
             held = torch.stack([states.pop(n) for n in range(length)])
             yield StageLoss(1, self._inconsistency(chunks, held, present), leaves)
         if gathers and chunks.grad is not None:
-            value = attach_gradients(chunks.new_zeros(()), [embedded], [chunks.grad])
+            value = attach_gradients(chunks.new_zeros(()), [x], [chunks.grad])
             yield StageLoss("embed", value, gathered=True)
         cost = paper_cost(length, self.sweeps)
         step.count(cost.work, cost.span)
 
     def _level(
-        self, level: tuple[int, ...], x: Tensor, y: Tensor, first: Tensor | None, states: Mapping[int, Tensor]
+        self, level: tuple[int, ...], x: Tensor, y: Tensor, present: Tensor | None, states: Mapping[int, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A level of the tree, n nodes, all at once.
 
         Args:
             x: (N, B, I), the chunks, a leaf if they are to get gradients.
-            first: (B,), the time at which each sequence begins, as of ``padded_start``.
+            present: (B, N), false for the padding; None if there is none.
             states: those of the levels before.
 
         Returns:
             The loss of the level; the targets (n, B, S H), the errors (n,) and the label's mean loss, without graph.
         """
-        network, tree = self.network, tree_of(len(x))
+        network, tree, first = self.network, tree_of(len(x)), beginnings(present)
         left = [(tree.left(n), n) for n in level]
         right = [(n, tree.right(n)) for n in level]
         prior = network.cells(x, left, torch.stack([states[a] for a, _ in left]), first)
         at_node = prior.detach().requires_grad_()
-        errors, label = self._errors(y, at_node, network.cells(x, right, at_node, first), right, states)
+        errors, label = self._errors(y, at_node, network.cells(x, right, at_node, first), right, states, present)
         trained: list[Tensor] = [p for p in self._trained(right) if p.requires_grad]
         trained += [x] if x.requires_grad else []
         gradient, *gradients = torch.autograd.grad(errors.sum(), [at_node, *trained], materialize_grads=True)
@@ -128,7 +127,13 @@ class PaperRule(RecurrentRule):
         return [parameter for module in modules for parameter in module.parameters()]
 
     def _errors(
-        self, y: Tensor, at_node: Tensor, ends: Tensor, right: list[Arc], states: Mapping[int, Tensor]
+        self,
+        y: Tensor,
+        at_node: Tensor,
+        ends: Tensor,
+        right: list[Arc],
+        states: Mapping[int, Tensor],
+        present: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(n,): how far the right arcs end from what their right parents hold, and what the labels say, in nats; and the
         label's mean loss at the end.
@@ -145,7 +150,8 @@ class PaperRule(RecurrentRule):
         errors = torch.cat([*inner, label / self.label_variance])
         if network.every_step:
             labels = torch.stack([y[n - 1] for n, _ in right])
-            own = mean_losses(self.loss, network.head(network.cell.hidden(at_node)), labels)
+            counted = None if present is None else torch.stack([present[:, n - 1] for n, _ in right])
+            own = mean_losses(self.loss, network.head(network.cell.hidden(at_node)), labels, counted)
             errors = errors + own / self.label_variance
         return errors, label.squeeze(0)
 

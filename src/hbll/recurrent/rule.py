@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hbll.cut import Stage
-from hbll.losses import Loss, cross_entropy, mean_loss
+from hbll.losses import IGNORED, Loss, counts, cross_entropy, mean_loss
 from hbll.models.cells import Slopes
 from hbll.network import Readout
 from hbll.recurrent.cost import Cost
@@ -58,7 +58,8 @@ class RecurrentRule(Rule):
 
         Args:
             x: sequences, or a pair of them and their lengths, as the network takes them.
-            y: labels, (B,), or (B, N) if the head reads every step (-100 where there is none).
+            y: labels, (B, ...), or (B, N, ...) if the head reads every step; classes of -100 stand for none, and those of
+                the padding do not count whatever they are.
             step: where the cost, and what is to be reported, is noted.
 
         Raises:
@@ -67,11 +68,21 @@ class RecurrentRule(Rule):
         chunks, present = self.network.embedded(x)
         length, batch, _ = chunks.shape
         expected = (batch, length) if self.network.every_step else (batch,)
-        if y.shape[: len(expected)] != expected:
-            raise ValueError(f"{batch} sequences of {length} chunks need labels {expected}; got {tuple(y.shape)}")
-        return self.losses_in_time(
-            chunks, y.transpose(0, 1).contiguous() if self.network.every_step else y, present, step
-        )
+        if not isinstance(y, Tensor) or y.shape[: len(expected)] != expected:
+            got = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise ValueError(f"{batch} sequences of {length} chunks need labels {expected}; got {got}")
+        if self.network.every_step:
+            if present is not None and (self.loss is cross_entropy or y.is_floating_point()):
+                own = present.view(*expected, *(1,) * (y.ndim - 2))
+                y = torch.where(own, y, 0 if y.is_floating_point() else IGNORED)
+            y = y.transpose(0, 1).contiguous()
+        counted = counts(self.loss, y)
+        for loss in self.losses_in_time(chunks, y, present, step):
+            yield loss.times(counted)
+
+    def read(self, present: Tensor | None) -> Tensor | None:
+        """Which labels (N, B) count, of sequences with padding whose every step is read; None if all do."""
+        return present.mT if present is not None and self.network.every_step else None
 
     @abstractmethod
     def losses_in_time(self, x: Tensor, y: Tensor, present: Tensor | None, step: Step) -> Iterator[StageLoss]:
@@ -79,7 +90,7 @@ class RecurrentRule(Rule):
 
         Args:
             x: (N, B, I), the chunks, with the graph of the network's embed.
-            y: (B,) or (N, B).
+            y: (B, ...) or (N, B, ...).
             present: (B, N), false for the padding; None if there is none.
             step: as for ``losses``.
         """
@@ -104,12 +115,14 @@ class LabelCredit:
     """Its gradients in them."""
 
 
-def head_credit(network: RecurrentNetwork, loss: Loss, hidden: Tensor, y: Tensor) -> LabelCredit:
-    """The label's loss on given hidden states (..., H) and labels (...), and its gradients."""
+def head_credit(
+    network: RecurrentNetwork, loss: Loss, hidden: Tensor, y: Tensor, counted: Tensor | None
+) -> LabelCredit:
+    """The label's loss on given hidden states (..., H) and labels (...), as far as they are counted, and its gradients."""
     weights = [p for p in network.head.parameters() if p.requires_grad]
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
-        value = mean_loss(loss, network.head(leaf), y)
+        value = mean_loss(loss, network.head(leaf), y, counted)
     credit, *gradients = torch.autograd.grad(value, [leaf, *weights])
     return LabelCredit(value.detach(), credit, weights, gradients)
 

@@ -120,7 +120,7 @@ class ScanRule(RecurrentRule):
         if len(x) != self.length:
             raise ValueError(f"this rule was made for sequences of {self.length} chunks; got {len(x)}")
         network, cell = self.network, self.network.cell
-        present = self._present(x, present)
+        counted, present = self.read(present), self._present(x, present)
         x = chunked(x, self.chunk)
         driven, guess = cell.project(x), self._guess(x.detach())
         coarse, sweeps = self._coarse(), self.sweeps if self.adapt is None else int(self.current)
@@ -128,7 +128,7 @@ class ScanRule(RecurrentRule):
         step.defect = prefix.defect(ends[:-1], before[0, 1:])
         if self.predictor is not None:
             yield StageLoss("jumps", (wide(guess) - wide(ends[:-1])).square().sum(-1).mean(-1).sum())
-        slopes, credit, label = self._credit(driven, present, before, recurrent, outs, y, coarse)
+        slopes, credit, label = self._credit(driven, present, before, recurrent, outs, y, counted, coarse)
         cost = scan_cost(
             self.length,
             self.chunk,
@@ -193,6 +193,7 @@ class ScanRule(RecurrentRule):
         recurrent: Tensor,
         outs: Tensor,
         y: Tensor,
+        counted: Tensor | None,
         coarse: prefix.Matrices,
     ) -> tuple[Slopes, Tensor, LabelCredit]:
         """The slopes of every step, the gradients in their new states (G, M, B, S H), and what the label says."""
@@ -202,10 +203,10 @@ class ScanRule(RecurrentRule):
             slopes = slopes.held(present.to(before.dtype))
         if network.every_step:
             after = torch.cat([before[1:], outs.unsqueeze(0)])
-            label = head_credit(network, self.loss, cell.hidden(unchunked(after, self.length)), y)
+            label = head_credit(network, self.loss, cell.hidden(unchunked(after, self.length)), y, counted)
             own, last = chunked(cell.widen(label.credit), self.chunk), torch.zeros_like(outs[0])
         else:
-            label = head_credit(network, self.loss, cell.hidden(outs[-1]), y)
+            label = head_credit(network, self.loss, cell.hidden(outs[-1]), y, None)
             own, last = None, cell.widen(label.credit)
         return slopes, self._pulled(slopes, coarse, last, own), label
 

@@ -5,8 +5,10 @@ and their graph is dropped, before the next front is computed. What they share b
 states of a tree's nodes are to move, which other nodes may read.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 from hbll.carry import Carry, map_tensors
 from hbll.cut import Stage
 from hbll.engine import Engine, Evaluation, make_engine
-from hbll.losses import Loss, cross_entropy, mean_loss
+from hbll.losses import Loss, check_labels, counts, cross_entropy, mean_loss
+from hbll.modes import evaluating
 from hbll.names import check_choice, check_number
 from hbll.network import Chain, Context, check_shape
-from hbll.rule import Rule, StageLoss, Step, attach_gradients
+from hbll.rule import LateError, Rule, StageLoss, Step, attach_gradients
 from hbll.rules.rim import rim_loss
 from hbll.tree import Tree
 
@@ -59,6 +62,8 @@ class Batch:
     leaves: tuple[Tensor, ...] = ()
     """What stands for it in ``state`` and ``context``: leaves that gather gradients, so that many may read them and the
     embed is walked back once. None in a step that is only looked at, which has the graph itself."""
+    late: bool = False
+    """Whether it came in some steps before."""
 
     @classmethod
     def of(cls, network: Chain, x: Any, y: Any, step: Step) -> "Batch":
@@ -196,7 +201,8 @@ class Cut:
         """Evaluates stages at once on inputs (n, B, ...) that were there at span ``depth``."""
         if self.pulls_back:
             inputs = inputs.detach().requires_grad_()
-        evaluation = self.engine(stages, inputs, [batch.context for batch in batches])
+        with _kept_buffers() if self.pulls_back else nullcontext():
+            evaluation = self.engine(stages, inputs, [batch.context for batch in batches])
         step.engine = self.engine.name
         depth += self.depth(stages)
         step.count(self.size(stages), depth)
@@ -213,6 +219,14 @@ class Cut:
                 check_shape(self.stages[nodes[0] - 1].title, outputs[0], inputs[group[0]])
                 found.update(zip(group, outputs.unbind(0), strict=True))
         return [found[p] for p in range(len(stages))]
+
+
+@contextmanager
+def _kept_buffers() -> Iterator[None]:
+    """What is compiled inside keeps what its walk back needs, so that there may be several."""
+    config = sys.modules.get("torch._functorch.config")  # nothing was compiled if nothing has imported it
+    with config.patch(donated_buffer=False) if config else nullcontext():
+        yield
 
 
 class Choice(nn.Module, ABC):
@@ -240,6 +254,9 @@ class States(Choice):
 
     pipelined = False
     """Whether stages are evaluated on different mini-batches."""
+
+    label_waits = False
+    """Whether mini-batches wait for their turn, and their labels with them."""
 
     embed_read_once = True
     """Whether the embedded input is done with once the first stage has moved."""
@@ -300,6 +317,7 @@ class Composed(Rule):
         self.rim = rim
         self.choice: EngineChoice = engine
         self._evaluated: Cut | None = None
+        self._scored: tuple[int, torch.Size] | None = None
         self.states = states
         self.credit = credit
 
@@ -309,6 +327,7 @@ class Composed(Rule):
         stages = self.stages
         if self._evaluated is None or self._evaluated.stages is not stages:
             self._evaluated = Cut.of(self.network, stages, self.choice, self.credit.pulls_back)
+            self._scored = None
         return self._evaluated
 
     @property
@@ -324,6 +343,8 @@ class Composed(Rule):
         if x is None and not self.training:
             raise ValueError("what is in flight moves on in training mode: hand a batch over, or call rule.train()")
         batch = None if x is None else Batch.of(self.network, x, y, step)
+        if batch and self.training and not step.look and self.states.label_waits:
+            self._check_labels(batch)
         targets: Targets = {}
         beside: list[StageLoss] = []
 
@@ -345,12 +366,33 @@ class Composed(Rule):
             if batch and early and 1 in loss.stages and not batch.context_leaves:
                 yield from batch.embed_losses()
             del loss
-        yield from beside
+        counted = counts(self.loss, batch.y) if batch else None
+        yield from (loss.times(counted) for loss in beside)
         if batch and self.rim:
             mean = rim_loss(self.network, batch.state, batch.context, batch.y, self.loss, step)
             yield StageLoss("rim", self.rim * mean, leaves=batch.leaves)
         if batch:
             yield from batch.embed_losses()
+
+    def _check_labels(self, batch: Batch) -> None:
+        """Looks at labels that nothing else would look at before they are due.
+
+        Raises:
+            ValueError: the loss will not take them.
+        """
+        if self._scored is None:
+            devices = [batch.state.device] if batch.state.device.type == "cuda" else []
+            try:
+                with torch.no_grad(), evaluating(self.network), torch.random.fork_rng(devices):
+                    scores = self.network(batch.x)
+            except RuntimeError:  # of which the step itself says better where
+                return
+            # Where the head scores tokens, as many of them as the state has may be others in another batch.
+            tokens = scores.ndim - 1
+            same = scores.shape[:-1] == batch.state.shape[:tokens]
+            self._scored = (tokens if same else 1), scores.shape
+        shared, shape = self._scored
+        check_labels(self.loss, torch.Size([*batch.state.shape[:shared], *shape[shared:]]), batch.y)
 
     @property
     def in_flight(self) -> bool:
@@ -381,7 +423,16 @@ def _together(losses: Iterable[StageLoss]) -> Iterator[StageLoss]:
 def train_head(loss: Loss, cut: Cut, state: Tensor, batch: Batch, step: Step) -> tuple[StageLoss, Tensor]:
     """The label's loss on the state (B, ...) of the last stage, which trains the head, and its gradient in the state."""
     state = state.detach().requires_grad_()
-    value = mean_loss(loss, cut.network.read(state, batch.context), batch.y)
+    prediction = cut.network.read(state, batch.context)
+    try:
+        value = mean_loss(loss, prediction, batch.y)
+    except Exception as error:
+        if batch.late:
+            raise LateError(
+                f"the loss of a mini-batch that came in some steps before cannot be found, and what was in flight is "
+                f"dropped: {error}"
+            ) from error
+        raise
     step.label_loss = value.detach()
     step.report([cut.last], error=value.unsqueeze(0))
     trained = [*(p for p in cut.network.head.parameters() if p.requires_grad), *batch.context_leaves]

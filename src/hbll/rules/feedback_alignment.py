@@ -38,6 +38,9 @@ class DirectFeedbackAlignment(LocalRule):
     def losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
         self.build(x)
         labels, costs = Labels(y, self.label_dims), self.costs()
+        if not len(labels):
+            yield self.nothing(y, step)
+            return
         step.count(self.local_cost()[0], sum(cost.forward for cost in costs) + max(cost.back for cost in costs))
         state, context = self.network.embedded(x)
         outputs = []

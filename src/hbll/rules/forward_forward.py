@@ -99,6 +99,9 @@ class ForwardForward(LocalRule):
             raise ValueError(f"ff writes one label into each input: it takes labels (B,); got {tuple(y.shape)}")
         labels = Labels(y)
         labels.check(x)
+        if not len(labels):
+            yield self.nothing(y, step)
+            return
         work, span = self.local_cost()
         step.count(2 * work + sum(cost.forward for cost in self.costs()), span)
         with torch.no_grad():

@@ -4,7 +4,7 @@ states that the batch had a step before."""
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,9 @@ class Guessed:
 
 class Guess(Choice):
     """What every guess offers."""
+
+    waits = False
+    """Whether mini-batches wait for their turn."""
 
     @abstractmethod
     def forward(self, cut: Cut, batch: Batch | None, step: Step) -> Guessed:
@@ -170,6 +173,8 @@ class AheadGuess(Guess):
         evaluations: how many a step waits for, if no tolerance ends its sweeps before.
     """
 
+    waits = True
+
     def __init__(self, evaluations: int) -> None:
         super().__init__()
         self.evaluations = evaluations
@@ -200,7 +205,8 @@ class AheadGuess(Guess):
         if batch and not due:
             return self._in_order(cut, batch, step)
         step.batch = first["x"], first["y"]
-        return Guessed(Batch.of(cut.network, *step.batch, step), torch.stack(first["states"][1:]), 0)
+        own = replace(Batch.of(cut.network, *step.batch, step), late=True)
+        return Guessed(own, torch.stack(first["states"][1:]), 0)
 
     @staticmethod
     def _advance(cut: Cut, flight: Sequence[dict[str, Any]], turns: int, step: Step) -> None:

@@ -36,6 +36,9 @@ def inverted_losses(
         iterations: conjugate-gradient iterations of each inversion.
     """
     labels = Labels(y)
+    if not len(labels):
+        yield rule.nothing(y, step)
+        return
     step.count(*_cost(rule, iterations))
     *before, last = rule.stages
     outputs, leaves = [], []

@@ -34,7 +34,7 @@ class Labels:
         dims: how many dimensions they may have.
 
     Raises:
-        ValueError: it is something else, or no label counts.
+        ValueError: it is something else.
     """
 
     def __init__(self, y: Any, dims: Sequence[int] = (1, 2)) -> None:
@@ -49,8 +49,10 @@ class Labels:
         if not counts.all():
             self.kept = counts.nonzero().squeeze(1)
             self.classes = self.classes[self.kept]
-            if not len(self.kept):
-                raise ValueError(f"no label of the batch counts: all are {IGNORED}")
+
+    def __len__(self) -> int:
+        """How many count; where none does there is nothing to learn."""
+        return len(self.classes)
 
     def check(self, state: Tensor) -> None:
         """Raises ValueError unless there is one for each sample of a state (B, ...), or for each token of one (B, T, F)."""
@@ -223,6 +225,9 @@ class LocalRule(Rule):
         """The losses of a step whose stages are evaluated one after the other, each on what the one before handed on."""
         self.build(x)
         labels = Labels(y, self.label_dims)
+        if not len(labels):
+            yield self.nothing(y, step)
+            return
         step.count(*self.local_cost())
         messages = [Message(x, y, {})]
         for k in range(1, len(self.stages) + 1):
@@ -271,6 +276,11 @@ class LocalRule(Rule):
         yield found.pop()  # whose graph nothing holds here while it is walked back
         if last and self.apart:
             yield StageLoss(k, self.label_loss(self.logits(state, detached(context)), given.labels, step))
+
+    def nothing(self, y: Tensor, step: Step) -> StageLoss:
+        """The loss, 0, of a batch no label of which counts: nothing moves."""
+        step.label_loss = torch.zeros((), device=y.device)
+        return StageLoss(len(self.stages), step.label_loss)
 
     def logits(self, state: Tensor, context: Context) -> Tensor:
         """The head's scores of the last state, (B, C) or (B, T, C).

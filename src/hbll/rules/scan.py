@@ -55,6 +55,7 @@ class ScanStates(States):
     ) -> None:
         super().__init__()
         self.guess = guess
+        self.label_waits = guess.waits
         self.sweeps = sweeps
         self.tolerance = tolerance
         self.coarse: Coarse = coarse

@@ -50,6 +50,7 @@ class StreamStates(States):
     """
 
     pipelined = True
+    label_waits = True
 
     def __init__(self, with_graph: bool = True) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class StreamStates(States):
 
 
 def _in_flight(state: Tensor, labels: Any, context: Context) -> Batch:
-    return Batch(None, labels, state, context)
+    return Batch(None, labels, state, context, late=True)
 
 
 class ReadoutCredit(Credit):
@@ -125,7 +126,7 @@ class ReadoutCredit(Credit):
         lucky: tuple[int, ...] | None = None
         walks, arrivals = [], {}
         for front in fronts:
-            lucky = self._drawn(front.active) if lucky is None else lucky
+            lucky = self._drawn(front.active, step) if lucky is None else lucky
             places = [i for i, n in enumerate(front.stages) if n in lucky]
             walks.append(Walk.of(front))
             if places:
@@ -142,8 +143,8 @@ class ReadoutCredit(Credit):
         """The stages' own readouts, if they have some."""
         return cast("list[StageReadout]", list(self.readouts))
 
-    def _drawn(self, active: tuple[int, ...]) -> tuple[int, ...]:
-        if not self.training or self.share == 1:
+    def _drawn(self, active: tuple[int, ...], step: Step) -> tuple[int, ...]:
+        if not self.training or step.look or self.share == 1:
             return active
         count = max(1, round(self.share * len(active)))
         return tuple(active[i] for i in sorted(torch.randperm(len(active))[:count].tolist()))

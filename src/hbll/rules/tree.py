@@ -14,7 +14,7 @@ from torch import Tensor
 from hbll.engine import Evaluation, stack
 from hbll.families import FAMILIES, Family, Gaussian
 from hbll.inversion import gauss_newton, taylor
-from hbll.losses import Loss, cross_entropy, row_means, sample_losses, wide
+from hbll.losses import Loss, counts, cross_entropy, row_means, sample_losses, wide
 from hbll.names import check_choice, check_number
 from hbll.network import Chain, check_shape, out_of_order
 from hbll.rule import StageLoss, Step, attach_gradients
@@ -188,7 +188,8 @@ class ArcCredit(Credit):
             del front
             while ready := [i for i, f in enumerate(waiting) if all(self._known(cut, targets, n) for n in f.stages)]:
                 walks.append(Walk.of(waiting[ready[0]]))
-                yield self._answer(waiting.pop(ready[0]), cut, targets, arrivals, step)
+                counted = counts(self.loss, waiting[ready[0]].batches[0].y)
+                yield self._answer(waiting.pop(ready[0]), cut, targets, arrivals, step).times(counted)
         if waiting:
             raise ValueError(
                 "arcs need states of one batch that are known node by node, as those of the tree or of the chain are"
