@@ -257,7 +257,7 @@ def record_batched(
 
     tensors = [tensor.detach() for tensor in (*stacked, *inputs)]
     try:
-        with _attention(inputs[0].device.type), _same_draws(tensors[0]):
+        with _attention(), _same_draws(tensors[0]):
             graph, again = make_fx(batched)(*tensors), make_fx(batched)(*tensors)
             _check_constants(graph, again)
             return _faithful(graph, batched, looped, tensors)
@@ -406,9 +406,10 @@ def _devices(tensor: Tensor) -> list[torch.device]:
     return [tensor.device] if tensor.device.type == "cuda" else []
 
 
-def _attention(device: str) -> AbstractContextManager[object]:
-    # The CPU's fused attention is one that vmap can only loop over, with a warning, and has no second derivative.
-    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+def _attention() -> AbstractContextManager[object]:
+    # The CPU's fused attention is one that vmap can only loop over, with a warning, and has no second derivative; a GPU's
+    # cannot be walked back once it is recorded ("LSE is not correctly aligned", torch 2.11 on an H200).
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _changes_nothing(node: fx.Node) -> bool:
@@ -528,8 +529,9 @@ def _describe(block: nn.Module, plain: bool) -> list | None:
     return description
 
 
-# The largest block, in parameters, for which one stacked call beats a loop; measured by benchmarks/engines.py.
-_CPU_LIMIT = 100_000
+# The largest block, in parameters, for which one stacked call beats a loop; measured by benchmarks/engines.py on CPUs, on
+# GPUs a guess: larger blocks keep one busy by themselves, and have fused attention only one by one.
+_CPU_LIMIT, _GPU_LIMIT = 100_000, 1_000_000
 
 
 def make_engine(blocks: Sequence[nn.Module], names: Sequence[str], choice: str) -> Engine:
@@ -566,5 +568,5 @@ def _stacking_pays(blocks: Sequence[nn.Module]) -> bool:
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
             return False
     parameters = [p for block in blocks for p in block.parameters()]
-    on_cpu = all(p.device.type == "cpu" for p in parameters)
-    return not on_cpu or sum(p.numel() for p in parameters) / len(blocks) <= _CPU_LIMIT
+    limit = _CPU_LIMIT if all(p.device.type == "cpu" for p in parameters) else _GPU_LIMIT
+    return sum(p.numel() for p in parameters) / len(blocks) <= limit

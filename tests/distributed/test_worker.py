@@ -40,7 +40,7 @@ class Noise(nn.Module):
         self.number, self.uses = number, 0
 
     def forward(self, state):
-        self.uses += 1
+        self.uses += torch.is_grad_enabled()
         draw = torch.Generator().manual_seed(1000 * self.number + self.uses)
         return state * (1 + 0.1 * torch.randn(state.shape, generator=draw, dtype=state.dtype))
 
