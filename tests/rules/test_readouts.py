@@ -258,3 +258,12 @@ def test_solo_needs_a_linear_layer():
     net, _, _ = mlp(8)
     with pytest.raises(ValueError, match="reads the last linear layer of the head, which has none"):
         make_rule("solo", Chain(net.embed, net.blocks, nn.Softmax(-1)))
+
+
+def test_a_block_that_was_changed_no_longer_meets_its_copy():
+    net, x, y = mlp(8)
+    rule = make_rule("stream", net, stage=SIZES, states="chain", copies=True, refresh=1)
+    rule(x, y)
+    net.blocks[6] = nn.Sequential(net.blocks[6], nn.Linear(6, 6)).double()
+    with pytest.raises(ValueError, match="a module has other parameters than its copies in readouts"):
+        rule(x, y)

@@ -178,10 +178,20 @@ class Meeting:
 
 
 def meet(original: nn.Module, copies: Sequence[nn.Module], how: Meet) -> None:
-    """Sets copies and original to the mean of all of them, or the copies to the original."""
+    """Sets copies and original to the mean of all of them, or the copies to the original.
+
+    Raises:
+        ValueError: they have no longer the same parameters.
+    """
     agreed = vector(original)
+    values = [vector(module) for module in copies]
+    if any(len(value) != len(agreed) for value in values):
+        raise ValueError(
+            "a module has other parameters than its copies in readouts: it was changed after the rule was made, so make the "
+            "rule anew"
+        )
     if how == "mean":
-        agreed = mean([vector(module) for module in copies], agreed)
+        agreed = mean(values, agreed)
         load_vector(original, agreed)
     for module in copies:
         load_vector(module, agreed)
