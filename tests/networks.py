@@ -98,6 +98,19 @@ def transformer(nodes=8, seed=0, dropout=0.0):
     return net, torch.randint(11, (BATCH, TOKENS)), torch.randint(CLASSES, (BATCH, TOKENS))
 
 
+class Noise(nn.Module):
+    """Multiplies by noise that is drawn by number and use in training, as a dropout that is seeded by stage."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.uses = number, 0
+
+    def forward(self, state):
+        self.uses += torch.is_grad_enabled()
+        draw = torch.Generator().manual_seed(1000 * self.number + self.uses)
+        return state * (1 + 0.1 * torch.randn(state.shape, generator=draw, dtype=state.dtype))
+
+
 class Bounded(nn.Module):
     """z + g(z) with ||g|| <= M and Lipschitz constant L: g = M / sqrt(d) sin(a U z + c), U orthogonal, a = L sqrt(d) / M."""
 

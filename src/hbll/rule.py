@@ -28,7 +28,7 @@ from hbll.names import check_known
 from hbll.network import Chain, Context, Readout
 from hbll.tree import Path
 
-__all__ = ["LateError", "Message", "Report", "Rule", "StageLoss", "Step", "attach_gradients"]
+__all__ = ["LateError", "Message", "Report", "Rule", "StageLoss", "Step", "attach_gradients", "walk_back"]
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,8 @@ class Rule(nn.Module, ABC):
         """Raises ValueError unless the loss of every stage reaches that stage alone, and waits for no later one."""
         raise ValueError(
             f"by {type(self).__name__} the loss of a stage reaches other stages, or waits for them: stages in processes of "
-            "their own are for stream with copies, greedy, solo, dgl, predsim and cff"
+            "their own are for stream with copies, greedy, solo, dgl, predsim and cff, and subtrees of them, by "
+            "hbll.distributed.TreeWorker, for paper and tree"
         )
 
     def build(self, x: Any) -> None:
@@ -391,13 +392,7 @@ class Rule(nn.Module, ABC):
             ValueError: as ``stage_losses``.
         """
         step = Step(scale=scale)
-        walk = _into_grad(scale)
-        values = []
-        for loss in self.stage_losses(stage, given, step, hand_on):
-            values.append(loss.value.detach())
-            walk(loss)
-            del loss
-        step.loss = torch.stack(values).sum()
+        walk_back(self.stage_losses(stage, given, step, hand_on), step)
         return step
 
     def _taken(self, x: Any, y: Any, walk: Callable[[StageLoss], None], step: Step) -> Step:
@@ -555,6 +550,17 @@ class Rule(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         # Stages are views, made again where they are needed.
         return {**self.__dict__, "_cut": None}
+
+
+def walk_back(losses: Iterator[StageLoss], step: Step) -> None:
+    """Walks the losses of some stages back into ``.grad`` as they come; their sum is the step's loss."""
+    walk = _into_grad(step.scale)
+    values = []
+    for loss in losses:
+        values.append(loss.value.detach())
+        walk(loss)
+        del loss
+    step.loss = torch.stack(values).sum()
 
 
 def _into_grad(scale: Tensor | float) -> Callable[[StageLoss], None]:

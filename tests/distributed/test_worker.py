@@ -1,10 +1,7 @@
 """Stages in processes of their own. Oracle: the same rule in one process, to the last bit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from tests.processes import launched
 
 PROCESS = """
 import sys
@@ -12,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from tests.networks import KINDS, batches
+from tests.networks import KINDS, Noise, batches
 import hbll
 from hbll.distributed import Worker
 
@@ -31,18 +28,6 @@ def made():
     rule = hbll.make_rule(name, network, example=x, engine="loop", **options) if "copies" in options or name in (
         "greedy", "solo") else hbll.make_rule(name, network, example=x, **options)
     return rule, batches(9, kind, sizes=(4, 4, 2))
-
-
-class Noise(nn.Module):
-    # Drawn by number and use, as a dropout that is seeded by stage.
-    def __init__(self, number):
-        super().__init__()
-        self.number, self.uses = number, 0
-
-    def forward(self, state):
-        self.uses += torch.is_grad_enabled()
-        draw = torch.Generator().manual_seed(1000 * self.number + self.uses)
-        return state * (1 + 0.1 * torch.randn(state.shape, generator=draw, dtype=state.dtype))
 
 
 def optimizer_of(parameters):
@@ -164,7 +149,7 @@ if worker.stage == 1:
     refused("let the largest batch come first", lambda: worker.backward(torch.cat(40 * [x]), torch.cat(40 * [y])))
 worker.finish()
 
-refused("the rule has 3 stages, and there are 4 processes: start 3, or a multiple",
+refused("the rule's stages are for 3 processes, and there are 4: start 3, or a multiple",
         lambda: Worker(made("greedy", stage=(2, 2, 3))[0]))
 refused("give copies=True, or readout='solo'", lambda: Worker(made("stream", stage=(3, 4))[0]))
 refused("by Scan the loss of a stage reaches other stages", lambda: Worker(made("scan", stage=(3, 4))[0]))
@@ -191,23 +176,6 @@ else:
     raise AssertionError("the loss of stage 1 was not noticed")
 __import__("os")._exit(0)
 """
-
-
-def launched(script, world, *arguments, path):
-    """The processes' exit codes and what they wrote on stderr."""
-    command = [sys.executable, "-c", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["src", ".", *sys.path])}
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(path / "store"), *arguments],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    ended = [process.communicate(timeout=120)[1] for process in started]
-    return [process.returncode for process in started], ended
 
 
 @pytest.mark.parametrize(

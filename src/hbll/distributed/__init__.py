@@ -1,5 +1,6 @@
 """Stages in processes, and on machines, of their own."""
 
+from hbll.distributed.tree import TreeWorker
 from hbll.distributed.worker import Worker
 
-__all__ = ["Worker"]
+__all__ = ["TreeWorker", "Worker"]

@@ -1,16 +1,17 @@
-"""Links: one-way connections over which a stage hands its messages to the next one, in another process.
+"""Links: one-way connections over which a stage hands its messages to the next one, in another process; and exchanges, in
+which several processes pass several messages at once.
 
 A message is one buffer of a size that the first one sets: what is in it (shapes, types, whatever is no tensor), then its
-tensors. Both ends have a few such buffers: the receiver has asked for a message before it comes, so that a slow link's delay
-is paid once, and the sender waits when the receiver is that many messages behind.
+tensors. Both ends of a link have a few such buffers: the receiver has asked for a message before it comes, so that a slow
+link's delay is paid once, and the sender waits when the receiver is that many messages behind.
 """
 
 import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch.utils import _pytree
 
 from hbll.rule import Message
 
-__all__ = ["Receiver", "Sender"]
+__all__ = ["Crossing", "Exchange", "Receiver", "Sender"]
 
 _ALIGNMENT = 16
 _LENGTH = struct.Struct("<q")
@@ -65,7 +66,7 @@ class Sender:
         """
         form, tensors = _packed(message, self.wire)
         if not self._buffers:
-            self._open(_size(len(form) + 256, tensors))  # the same form may take a few bytes more for larger numbers
+            self._open(_room(form, tensors))
         self._send(form, tensors)
 
     def close(self) -> None:
@@ -85,12 +86,8 @@ class Sender:
         self._works = [None] * self.in_flight
 
     def _send(self, form: bytes, tensors: list[Tensor]) -> None:
-        size, room = _size(len(form), tensors), len(self._buffers[0])
-        if size > room:
-            raise ValueError(
-                f"what is handed to {self.title} takes {size:,} bytes, and the first message, by which the link was sized, "
-                f"{room:,}: let the largest batch come first"
-            )
+        room = len(self._buffers[0])
+        _check_room(_size(len(form), tensors), room, self.title)
         place = self._count % self.in_flight
         buffer, work = self._buffers[place], self._works[place]
         with lost(self.title):
@@ -161,6 +158,89 @@ class Receiver:
         return dist.irecv(self._buffers[place], self.source, group=self.group)
 
 
+class Crossing(NamedTuple):
+    """A message that goes from one process to another in every step."""
+
+    what: str
+    node: int
+    """Of which node of a tree."""
+    source: int
+    to: int
+    """Numbers of processes, from 0."""
+
+
+class Exchange:
+    """Messages among several processes, all that cross at a time at once.
+
+    Args:
+        place: this process's number, from 0.
+        ranks: of all processes.
+        titles: what errors call them.
+        group: a process group of all.
+        device: where messages lie while they are sent.
+        onto: where they are wanted.
+        wire: as of ``Sender``.
+    """
+
+    def __init__(
+        self,
+        place: int,
+        ranks: Sequence[int],
+        titles: Sequence[str],
+        group: Any,
+        device: torch.device,
+        onto: torch.device,
+        wire: torch.dtype | None = None,
+    ) -> None:
+        self.place, self.ranks, self.titles, self.group = place, ranks, titles, group
+        self.device, self.onto, self.wire = device, onto, wire
+        self.messages = 0
+        self.bytes = 0
+        """Sent so far."""
+        self._buffers: dict[Crossing, Tensor] = {}
+
+    def __call__(
+        self, crossings: Sequence[Crossing], message: Callable[[Crossing], Message]
+    ) -> dict[Crossing, Message]:
+        """Sends what of these crossings starts here, and returns what ends here, once all of it is there.
+
+        Args:
+            crossings: those of a moment, in one order everywhere; others' are passed over.
+            message: what a crossing that starts here carries.
+
+        Raises:
+            ValueError: a message is larger than the first of its crossing.
+            ConnectionError: another process is lost.
+        """
+        mine = [c for c in crossings if self.place in (c.source, c.to)]
+        packed = {c: _packed(message(c), self.wire) for c in mine if c.source == self.place}
+        if new := [c for c in mine if c not in self._buffers]:
+            rooms = {c: _room(*packed[c]) if c in packed else 0 for c in new}
+            sizes = {c: torch.tensor([room], device=self.device) for c, room in rooms.items()}
+            self._pass(sizes)
+            for c, size in sizes.items():
+                self._buffers[c] = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        for c, (form, tensors) in packed.items():
+            _check_room(_size(len(form), tensors), len(self._buffers[c]), self.titles[c.to])
+            _write(self._buffers[c], form, tensors)
+            self.messages += 1
+            self.bytes += len(self._buffers[c])
+        self._pass({c: self._buffers[c] for c in mine})
+        return {c: _read(self._buffers[c], self.onto) for c in mine if c.to == self.place}
+
+    def _pass(self, tensors: Mapping[Crossing, Tensor]) -> None:
+        """Sends the tensors of crossings that start here, and fills those of the others."""
+        sent = [c.source == self.place for c in tensors]
+        others = [c.to if own else c.source for c, own in zip(tensors, sent, strict=True)]
+        operations = [
+            dist.P2POp(dist.isend if own else dist.irecv, tensor, self.ranks[other], self.group)
+            for tensor, own, other in zip(tensors.values(), sent, others, strict=True)
+        ]
+        with lost(" or ".join(self.titles[other] for other in sorted(set(others)))):
+            for work in dist.batch_isend_irecv(operations) if operations else ():
+                work.wait()
+
+
 @contextmanager
 def lost(title: str) -> Iterator[None]:
     """Inside, another process is waited for.
@@ -204,6 +284,20 @@ def _packed(message: Message, wire: torch.dtype | None) -> tuple[bytes, list[Ten
 
 def _size(form: int, tensors: list[Tensor]) -> int:
     return _aligned(_LENGTH.size + form) + sum(_aligned(tensor.nbytes) for tensor in tensors)
+
+
+def _room(form: bytes, tensors: list[Tensor]) -> int:
+    """The size of a buffer for this message, and others like it."""
+    return _size(len(form) + 256, tensors)  # the same form may take a few bytes more for larger numbers
+
+
+def _check_room(size: int, room: int, title: str) -> None:
+    """Raises ValueError unless a message fits its buffer."""
+    if size > room:
+        raise ValueError(
+            f"what is handed to {title} takes {size:,} bytes, and the first message, by which the link was sized, "
+            f"{room:,}: let the largest batch come first"
+        )
 
 
 def _aligned(offset: int) -> int:

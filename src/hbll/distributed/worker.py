@@ -15,15 +15,16 @@ what it does in the rule's step k + n - 1 in one process, to the last bit.
 """
 
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from hbll.distributed.link import Receiver, Sender, lost
+from hbll.distributed.share import Share
 from hbll.network import Context
 from hbll.rule import Message, Rule, Step
 from hbll.rules.readouts import Meet, Meeting, load_vector, mean, vector
@@ -32,7 +33,7 @@ from hbll.rules.stream import Stream
 __all__ = ["Worker"]
 
 
-class Worker:
+class Worker(Share):
     """This process's stage of a rule, and its links to the stages before and after.
 
     Other stages' modules give their memory back: they are on the device ``meta`` until ``gather``.
@@ -52,42 +53,18 @@ class Worker:
         self, rule: Rule, mesh: DeviceMesh | None = None, *, wire: torch.dtype | None = None, in_flight: int = 2
     ) -> None:
         rule.check_apart()
-        stages, processes = len(rule.stages), dist.get_world_size()
-        device = next(rule.parameters()).device
-        if mesh is None:
-            if processes % stages:
-                raise ValueError(
-                    f"the rule has {stages} stages, and there are {processes} processes: start {stages}, or a multiple"
-                )
-            mesh = init_device_mesh(device.type, (stages, processes // stages), mesh_dim_names=("stage", "data"))
-        if mesh.mesh.shape[0] != stages:
-            raise ValueError(f"the mesh is of {mesh.mesh.shape[0]} stages, and the rule has {stages}")
-        self.rule = rule
-        self.device = device
-        self.stage, self.replica = mesh.get_local_rank("stage") + 1, mesh.get_local_rank("data")
-        self.last = stages
-        self.steps = 0
-        """Batches that the stage has learned from."""
-        self.module = nn.ModuleList(rule.own(self.stage))
-        """What the stage owns."""
-        _let_go(rule, self.stage)
-        self._ranks: list[int] = mesh.mesh[:, self.replica].tolist()
-        self._data = mesh.get_group("data") if mesh.mesh.shape[1] > 1 else None
-        self._meeting = mesh.get_group("stage")
+        super().__init__(rule, mesh, [(n,) for n in range(1, len(rule.stages) + 1)])
+        (self.stage,) = self.stages
+        self.last = len(rule.stages)
         self._refreshed = 0
-        on_wire = device if dist.get_backend() == "nccl" else torch.device("cpu")
         self._next: Sender | None = None
         self._before: Receiver | None = None
-        for n, replica, pair in _pairs(mesh):
+        for n, replica, pair in _pairs(self.mesh):
             group = dist.new_group(pair)
             if replica == self.replica and n == self.stage:
-                self._next = Sender(pair[1], f"stage {n + 1}", group, on_wire, wire, in_flight)
+                self._next = Sender(pair[1], f"stage {n + 1}", group, self.on_wire, wire, in_flight)
             if replica == self.replica and n + 1 == self.stage:
-                self._before = Receiver(pair[0], f"stage {n}", group, on_wire, device, in_flight)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The stage's own."""
-        return self.module.parameters()
+                self._before = Receiver(pair[0], f"stage {n}", group, self.on_wire, self.device, in_flight)
 
     @property
     def bytes_sent(self) -> int:
@@ -131,24 +108,6 @@ class Worker:
             if link is not None:
                 link.close()
 
-    def gather(self) -> None:
-        """Puts the stages together in the process of rank 0, whose rule then has all modules with their weights."""
-        if self.replica:
-            return
-        for n, rank in enumerate(self._ranks, 1):
-            if n == 1:
-                continue
-            module = nn.ModuleList(self.rule.own(n))
-            if self.stage == 1:
-                module.to_empty(device=self.device)
-            if self.stage in (1, n):
-                with lost(f"stage {n}" if self.stage == 1 else "stage 1"):
-                    for tensor in module.state_dict().values():
-                        if self.stage == 1:
-                            dist.recv(tensor, rank, group=self._meeting)
-                        else:
-                            dist.send(tensor.contiguous(), self._ranks[0], group=self._meeting)
-
     def _entered(self, x: Any, y: Any) -> tuple[Tensor, Any, Context]:
         state, context = self.rule.network.embedded(x)
         return state, y, context
@@ -161,18 +120,6 @@ class Worker:
     def _hand_on(self, message: Message) -> None:
         assert self._next is not None
         self._next.put(message)
-
-    def _average(self) -> None:
-        """Makes gradients the mean over the stage's replicas."""
-        if self._data is None:
-            return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        together = torch.cat([gradient.flatten() for gradient in gradients])
-        with lost("a replica of this stage"):
-            dist.all_reduce(together, group=self._data)
-        together /= dist.get_world_size(self._data)
-        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
 
     def _refresh(self, time: int) -> None:
         """Lets copies and originals meet that are to by the time of a step, which are those of the rule in one process."""
@@ -190,8 +137,8 @@ class Worker:
         if self.stage in meeting.copies:
             values = vector(meeting.copies[self.stage])
             if both:
-                dist.send(values, owner, group=self._meeting)
-            dist.recv(values, owner, group=self._meeting)
+                dist.send(values, owner, group=self._shares)
+            dist.recv(values, owner, group=self._shares)
             load_vector(meeting.copies[self.stage], values)
         elif self.stage == meeting.owner:
             agreed = vector(meeting.original)
@@ -199,11 +146,11 @@ class Worker:
             if both:
                 copies = [torch.empty_like(agreed) for _ in ranks]
                 for values, rank in zip(copies, ranks, strict=True):
-                    dist.recv(values, rank, group=self._meeting)
+                    dist.recv(values, rank, group=self._shares)
                 agreed = mean(copies, agreed)
                 load_vector(meeting.original, agreed)
             for rank in ranks:
-                dist.send(agreed, rank, group=self._meeting)
+                dist.send(agreed, rank, group=self._shares)
 
 
 def _pairs(mesh: DeviceMesh) -> Iterator[tuple[int, int, list[int]]]:
@@ -211,15 +158,3 @@ def _pairs(mesh: DeviceMesh) -> Iterator[tuple[int, int, list[int]]]:
     for replica, ranks in enumerate(mesh.mesh.T.tolist()):
         for n, pair in enumerate(pairwise(ranks), 1):
             yield n, replica, list(pair)
-
-
-def _let_go(rule: Rule, stage: int) -> None:
-    """Gives back the memory of other stages' modules."""
-    own = {id(t) for module in rule.own(stage) for t in chain(module.parameters(), module.buffers())}
-    others = [(n, module) for n in range(1, len(rule.stages) + 1) if n != stage for module in rule.own(n)]
-    for n, module in others:
-        if any(id(tensor) in own for tensor in chain(module.parameters(), module.buffers())):
-            first, second = sorted((n, stage))
-            raise ValueError(f"stages {first} and {second} share a weight: untie them, or put both into one stage")
-    for _, module in others:
-        module.to(device="meta")

@@ -4,7 +4,7 @@ Level by level, every node evaluates its block on its left parent's state (the p
 predict the right parent's target from it, and moves along that error's gradient to a target (the posterior mean).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,27 +60,39 @@ class TreeStates(States):
         assert batch is not None  # nothing is ever in flight
         boundaries = {0: Target(batch.state, 0)}
         for level in cut.tree.levels:
-            priors: dict[int, Target] = {}
+            priors: Targets = {}
             for group in cut.engine.groups(level):
-                above = [boundaries[cut.tree.left(n)] for n in group]
-                inputs = stack([boundary.value for boundary in above])
-                parents = tuple(map(cut.tree.left, group)) if self.graphs_meet else ()
-                depth = max(boundary.depth for boundary in above)
-                with out_of_order(cut.stages[group[0] - 1].title, inputs[0]):
-                    front = cut.front(group, parents, inputs, [batch] * len(group), depth, step)
-                check_shape(cut.stages[group[0] - 1].title, front.outputs[0], inputs[0])
-                prior = front.evaluation.outputs if self.graphs_meet else front.outputs
-                priors.update((n, Target(state, front.depth)) for n, state in zip(group, prior.unbind(0), strict=True))
+                front = self.front(cut, group, boundaries, batch, step)
+                priors.update(self.priors(front))
                 yield front
                 del front
-            for n, prior in priors.items():
-                if not self.posterior:
-                    boundaries[n] = prior
-                elif self.graphs_meet:  # the value of the target, with the gradient of the prior
-                    moved = prior.value + (targets[n].value - prior.value).detach()
-                    boundaries[n] = Target(moved, targets[n].depth)
-                else:
-                    boundaries[n] = targets[n]
+            boundaries.update((n, self.boundary(n, prior, targets)) for n, prior in priors.items())
+
+    def front(self, cut: Cut, group: tuple[int, ...], boundaries: Targets, batch: Batch, step: Step) -> Front:
+        """Evaluates nodes of a level at once on the boundaries of their left parents."""
+        above = [boundaries[cut.tree.left(n)] for n in group]
+        inputs = stack([boundary.value for boundary in above])
+        parents = tuple(map(cut.tree.left, group)) if self.graphs_meet else ()
+        depth = max(boundary.depth for boundary in above)
+        with out_of_order(cut.stages[group[0] - 1].title, inputs[0]):
+            front = cut.front(group, parents, inputs, [batch] * len(group), depth, step)
+        check_shape(cut.stages[group[0] - 1].title, front.outputs[0], inputs[0])
+        return front
+
+    def priors(self, front: Front) -> Targets:
+        """What the nodes of a front have computed."""
+        states = front.evaluation.outputs if self.graphs_meet else front.outputs
+        return {n: Target(state, front.depth) for n, state in zip(front.stages, states.unbind(0), strict=True)}
+
+    def boundary(self, node: int, prior: Target, targets: Targets) -> Target:
+        """What the children of a node see."""
+        if not self.posterior:
+            return prior
+        if not self.graphs_meet:
+            return targets[node]
+        # The value of the target, with the gradient of the prior.
+        moved = prior.value + (targets[node].value - prior.value).detach()
+        return Target(moved, targets[node].depth)
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,20 @@ class Seen:
         return cls(arc, prior, prediction, arc.errors(prediction.outputs))
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the right neighbours of some nodes make of their states, beside their targets."""
+
+    total: Tensor
+    """The sum of the errors, with its graph."""
+    loss: Tensor
+    """The same, with the gradients attached that train the right neighbours."""
+    gradients: dict[int, Tensor]
+    """Of the errors in the nodes' states, (B, ...)."""
+    arrivals: dict[int, int]
+    """The span at which it is known how each node is to move."""
+
+
 class ArcCredit(Credit):
     """Inverted arcs: each node looks at the error of its right neighbour's prediction alone.
 
@@ -202,14 +228,24 @@ class ArcCredit(Credit):
         return right > cut.last or right in targets
 
     def _answer(self, front: Front, cut: Cut, targets: Targets, arrivals: dict[int, int], step: Step) -> StageLoss:
-        """The loss that moves a front's stages to their targets, or along their gradients, and trains their right arcs.
+        """The loss that moves a front's stages to their targets, or along their gradients, and trains their right arcs."""
+        answer = self.answer(front.stages, front.outputs, front.depth, cut, front.batches[0], targets, step)
+        arrivals.update(answer.arrivals)
+        through = (answer.total,) if step.look else ()
+        return StageLoss(
+            front.title, answer.loss + self.move(front, answer.gradients, cut, targets, step), through=through
+        )
+
+    def answer(
+        self, nodes: tuple[int, ...], states: Tensor, depth: int, cut: Cut, batch: Batch, targets: Targets, step: Step
+    ) -> Answer:
+        """What the right neighbours of nodes make of their states (n, B, ...), which were there at span ``depth``; adds the
+        nodes' targets to those that there are.
 
         One backward walk gives the gradients of all arcs, in the states and in the parameters.
         """
-        batch = front.batches[0]
-        family = self._family(cut, batch)
-        outputs, evaluation = front.outputs, front.evaluation.outputs
-        seen = [Seen.of(arc, outputs, front.stages) for arc in self._arcs(front, cut, batch, family, targets)]
+        family = self._family(cut, states)
+        seen = [Seen.of(arc, states, nodes) for arc in self._arcs(nodes, states, cut, batch, family, targets)]
         total = torch.cat([s.errors.mean for s in seen]).sum()
         trained = [*(p for s in seen for p in s.prediction.parameters), *batch.context_leaves]
         found = torch.autograd.grad(
@@ -219,29 +255,35 @@ class ArcCredit(Credit):
             materialize_grads=True,  # a block may own parameters that it does not use
         )
         gradients: dict[int, Tensor] = {}
+        arrivals: dict[int, int] = {}
         for s, gradient in zip(seen, found, strict=False):
-            known = self._target(s, gradient, family, front.depth, targets, step)
+            known = self._target(s, gradient, family, depth, targets, step)
             gradients.update(zip(s.arc.nodes, gradient.unbind(0), strict=True))
             # In block scope a node moves to its target, and else along its gradient.
             arrivals.update((n, targets[n].depth if self.scope == "block" else known) for n in s.arc.nodes)
-        loss = attach_gradients(total, trained, found[len(seen) :])
-        through = (total,) if step.look else ()
+        return Answer(total, attach_gradients(total, trained, found[len(seen) :]), gradients, arrivals)
+
+    def move(self, front: Front, gradients: Mapping[int, Tensor], cut: Cut, targets: Targets, step: Step) -> Tensor:
+        """The loss that moves a front's stages to their targets, in block scope, or along their gradients, which are needed
+        in the other scopes alone."""
+        evaluation = front.evaluation.outputs
         if self.scope == "block":
             target = wide(stack([targets[n].value for n in front.stages]))
-            divergence = per_sample(family.divergence(target, wide(evaluation))).mean(1)
+            divergence = per_sample(self._family(cut, evaluation).divergence(target, wide(evaluation))).mean(1)
             step.report(front.stages, divergence=divergence)
-            return StageLoss(front.title, loss + divergence.sum(), through=through)
+            return divergence.sum()
         moves = stack([gradients[n] for n in front.stages])
-        moved = attach_gradients(torch.zeros_like(total), [evaluation], [moves])
-        return StageLoss(front.title, loss + moved, through=through)
+        return attach_gradients(wide(evaluation.new_zeros(())), [evaluation], [moves])
 
-    def _family(self, cut: Cut, batch: Batch) -> Family:
-        dim = cut.network.features(batch.state)
+    def _family(self, cut: Cut, states: Tensor) -> Family:
+        dim = cut.network.features(states[0])
         return Gaussian(self.variance, dim) if self.family_name == "gaussian" else FAMILIES[self.family_name](dim)
 
-    def _arcs(self, front: Front, cut: Cut, batch: Batch, family: Family, targets: Targets) -> Iterator[Arc]:
-        tokens = batch.state[0].numel() // batch.state.shape[family.dim]
-        node_of = {cut.tree.right(n): n for n in front.stages}
+    def _arcs(
+        self, nodes: tuple[int, ...], states: Tensor, cut: Cut, batch: Batch, family: Family, targets: Targets
+    ) -> Iterator[Arc]:
+        tokens = states[0, 0].numel() // states.shape[family.dim]
+        node_of = {cut.tree.right(n): n for n in nodes}
         if cut.last + 1 in node_of:
             node = node_of.pop(cut.last + 1)
             parameters = tuple(p for p in cut.network.head.parameters() if p.requires_grad)

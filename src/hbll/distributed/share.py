@@ -1,0 +1,117 @@
+"""What workers have in common: a process owns some stages of a rule, and may have replicas."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from hbll.distributed.link import lost
+from hbll.rule import Rule
+
+__all__ = ["Share"]
+
+
+class Share:
+    """This process's consecutive stages of a rule, in a mesh of processes.
+
+    Other processes' modules give their memory back: they are on the device ``meta`` until ``gather``.
+
+    Args:
+        rule: the rule, made alike in every process and on this process's device.
+        mesh: the processes, by ``stage`` and ``data``: replicas average their gradients. By default as many replicas of
+            every share as there are processes.
+        owned: the stages of each share, from 1 to S, one after the other.
+
+    Raises:
+        ValueError: two shares have a weight in common, or there are other processes than shares.
+    """
+
+    def __init__(self, rule: Rule, mesh: DeviceMesh | None, owned: Sequence[tuple[int, ...]]) -> None:
+        shares, processes = len(owned), dist.get_world_size()
+        device = next(rule.parameters()).device
+        if mesh is None:
+            if processes % shares:
+                raise ValueError(
+                    f"the rule's stages are for {shares} processes, and there are {processes}: start {shares}, or a multiple"
+                )
+            mesh = init_device_mesh(device.type, (shares, processes // shares), mesh_dim_names=("stage", "data"))
+        if mesh.mesh.shape[0] != shares:
+            raise ValueError(f"the mesh is of {mesh.mesh.shape[0]} stages, and the rule's are for {shares} processes")
+        self.rule = rule
+        self.device = device
+        self.on_wire = device if dist.get_backend() == "nccl" else torch.device("cpu")
+        """Where messages lie while they are sent."""
+        self.mesh = mesh
+        self.place, self.replica = mesh.get_local_rank("stage"), mesh.get_local_rank("data")
+        """Which share this is, from 0, and which replica of it."""
+        self.owned = owned
+        self.stages = owned[self.place]
+        """The stages of this process."""
+        self.steps = 0
+        """Batches that have been learned from."""
+        self.module = nn.ModuleList(_modules(rule, self.stages))
+        """What the process owns."""
+        _let_go(rule, owned, self.place)
+        self._ranks: list[int] = mesh.mesh[:, self.replica].tolist()
+        self._data = mesh.get_group("data") if mesh.mesh.shape[1] > 1 else None
+        self._shares = mesh.get_group("stage")
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The process's own."""
+        return self.module.parameters()
+
+    def gather(self) -> None:
+        """Puts the stages together in the process of rank 0, whose rule then has all modules with their weights."""
+        if self.replica:
+            return
+        for place, rank in enumerate(self._ranks[1:], 1):
+            module = nn.ModuleList(_modules(self.rule, self.owned[place]))
+            if self.place == 0:
+                module.to_empty(device=self.device)
+            if self.place in (0, place):
+                with lost(self._title(0 if self.place else place)):
+                    for tensor in module.state_dict().values():
+                        if self.place == 0:
+                            dist.recv(tensor, rank, group=self._shares)
+                        else:
+                            dist.send(tensor.contiguous(), self._ranks[0], group=self._shares)
+
+    def _title(self, place: int) -> str:
+        """What errors call the process of a share."""
+        first, *_, last = (*self.owned[place], self.owned[place][-1])
+        return f"stage {first}" if first == last else f"the process of stages {first} to {last}"
+
+    def _average(self) -> None:
+        """Makes gradients the mean over the replicas."""
+        if self._data is None:
+            return
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        with lost("a replica of this stage"):
+            dist.all_reduce(together, group=self._data)
+        together /= dist.get_world_size(self._data)
+        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _modules(rule: Rule, stages: Sequence[int]) -> list[nn.Module]:
+    return [module for n in stages for module in rule.own(n)]
+
+
+def _let_go(rule: Rule, owned: Sequence[tuple[int, ...]], place: int) -> None:
+    """Gives back the memory of other shares' modules."""
+    own = {id(t): n for n in owned[place] for module in rule.own(n) for t in _tensors(module)}
+    others = [(n, module) for k, stages in enumerate(owned) if k != place for n in stages for module in rule.own(n)]
+    for n, module in others:
+        if both := next((own[id(tensor)] for tensor in _tensors(module) if id(tensor) in own), None):
+            first, second = sorted((n, both))
+            raise ValueError(f"stages {first} and {second} share a weight: untie them, or have both in one process")
+    for _, module in others:
+        module.to(device="meta")
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return chain(module.parameters(), module.buffers())
