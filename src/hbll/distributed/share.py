@@ -102,16 +102,22 @@ def _modules(rule: Rule, stages: Sequence[int]) -> list[nn.Module]:
 
 
 def _let_go(rule: Rule, owned: Sequence[tuple[int, ...]], place: int) -> None:
-    """Gives back the memory of other shares' modules."""
-    own = {id(t): n for n in owned[place] for module in rule.own(n) for t in _tensors(module)}
-    others = [(n, module) for k, stages in enumerate(owned) if k != place for n in stages for module in rule.own(n)]
-    for n, module in others:
-        if both := next((own[id(tensor)] for tensor in _tensors(module) if id(tensor) in own), None):
-            first, second = sorted((n, both))
-            raise ValueError(f"stages {first} and {second} share a weight: untie them, or have both in one process")
-    for _, module in others:
-        module.to(device="meta")
+    """Gives back the memory of other shares' modules.
 
-
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    return chain(module.parameters(), module.buffers())
+    Raises:
+        ValueError: two shares have a weight in common; in every process.
+    """
+    owner: dict[int, tuple[int, int]] = {}
+    for k, stages in enumerate(owned):
+        for n in stages:
+            for module in rule.own(n):
+                for tensor in chain(module.parameters(), module.buffers()):
+                    other, first = owner.setdefault(id(tensor), (k, n))
+                    if other != k:
+                        raise ValueError(
+                            f"stages {first} and {n} share a weight: untie them, or have both in one process"
+                        )
+    for k, stages in enumerate(owned):
+        if k != place:
+            for module in _modules(rule, stages):
+                module.to(device="meta")
