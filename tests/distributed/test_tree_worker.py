@@ -25,6 +25,7 @@ from tests.networks import KINDS, Noise, batches, masked
 import hbll
 from hbll.distributed import TreeWorker
 from hbll.distributed.tree import levels
+from hbll.losses import IGNORED
 
 rank, cases = int(sys.argv[1]), eval(sys.argv[4])
 torch.set_num_threads(1)
@@ -94,7 +95,8 @@ def checked(kind, name, nodes, options, sizes, optimizer_of):
     owners = [place for place, size in enumerate(sizes) for _ in range(size)]
     crossing = [c for l in levels(owners) for c in (*l.boundaries, *l.priors, *l.answers, *l.credit)]
     assert sum(everywhere(worker.messages_sent, mesh)) == len(seen) * len(crossing)
-    scores = rule.network(seen[0][0])
+    with torch.no_grad():
+        scores = rule.network(seen[0][0])
     read = worker.predict(seen[0][0] if rank == 0 else None, seen[0][1])
     assert (read is None) == (rank < world - 1)
     assert read is None or (same(read[0], scores) and torch.equal(read[1], seen[0][1]))
@@ -154,6 +156,12 @@ except ValueError as error:
     assert "stages 1 and 7 share a weight" in str(error), error
 else:
     raise AssertionError("a weight of two processes")
+
+# Of labels that are all left out nothing is learned.
+worker = TreeWorker(made("transformer", "paper", 8, {}))
+(x, y), = batches(1, "transformer")
+assert worker.backward(x, torch.full_like(y, IGNORED)).loss == 0
+assert not any(p.grad is not None and p.grad.any() for p in worker.parameters())
 
 # A context that is trained, which the first process sees.
 class Taught(nn.Module):

@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hbll.distributed.link import Crossing, Exchange
 from hbll.distributed.share import Share
 from hbll.engine import stack
+from hbll.losses import counts
 from hbll.rule import Message, StageLoss, Step, walk_back
 from hbll.rules.composed import Batch, Target, Targets, Walk, count_walks
 from hbll.rules.tree import ArcCredit, TreeStates
@@ -188,8 +189,9 @@ class TreeWorker(Share):
         """A training step, whose gradients are added to ``.grad`` and averaged over the replicas.
 
         Args:
-            x, y: a batch, of which the first process reads the input, which it embeds, and the last one the labels; the same
-                one in both. No larger than the first.
+            x, y: a batch, the same in all processes, of which the first one reads the inputs, which it embeds, and the last
+                one the labels. The others need neither, unless all labels of a batch may be left out (``IGNORED``): by them
+                they see that nothing is to be learned. No larger than the first.
             scale: what gradients are multiplied by.
 
         Returns:
@@ -234,6 +236,7 @@ class TreeWorker(Share):
         cut, states, credit = self._cut, self._states, self._credit
         known = Known()
         walks: list[Walk] = []
+        counted = counts(credit.loss, y)
         batch: Batch | None = None
         if self.place == 0:
             batch = Batch.of(cut.network, x, y, step)
@@ -276,15 +279,16 @@ class TreeWorker(Share):
                 known.arrivals.update(answer.arrivals)
                 if credit.scope != "block":
                     known.gradients.update(answer.gradients)
-                yield StageLoss(tuple(min(cut.tree.right(n), cut.last) for n in nodes), answer.loss)
+                yield StageLoss(tuple(min(cut.tree.right(n), cut.last) for n in nodes), answer.loss).times(counted)
                 del answer
             cross(level.answers)
             for n in known.priors.keys() & set(level.nodes):
                 known.boundaries[n] = states.boundary(n, known.priors[n], known.targets)
             while fronts:
                 front = fronts.pop(0)
-                yield StageLoss(front.title, credit.move(front, known.gradients, cut, known.targets, step))
-                del front
+                loss = credit.move(front, known.gradients, cut, known.targets, step)
+                yield StageLoss(front.title, loss).times(counted)
+                del front, loss
             credit_due = level.credit
         cross(credit_due)
         yield from at_hand().embed_losses()  # whose gradients are all in the first process
