@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 
 import pytest
 from tests.networks import mlp
-from tests.processes import launched
+from tests.launching import launched
 
 import hbll
 from hbll.distributed import TreeWorker

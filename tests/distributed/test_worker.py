@@ -1,7 +1,7 @@
 """Stages in processes of their own. Oracle: the same rule in one process, to the last bit."""
 
 import pytest
-from tests.processes import launched
+from tests.launching import launched
 
 PROCESS = """
 import sys
