@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import full_depth
 import ledger
+import processes
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hbll
-import processes
 from hbll.distributed import Worker
 from hbll.train import make_optimizers
 

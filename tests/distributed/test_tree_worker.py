@@ -3,8 +3,8 @@
 from itertools import combinations, pairwise
 
 import pytest
-from tests.networks import mlp
 from tests.launching import launched
+from tests.networks import mlp
 
 import hbll
 from hbll.distributed import TreeWorker
