@@ -1,7 +1,8 @@
 """What workers have in common: a process owns some stages of a rule, and may have replicas."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,20 @@ class Share:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The process's own."""
         return self.module.parameters()
+
+    def drain(self) -> None:
+        """Ends an epoch with no batch in flight."""
+
+    def carry(self) -> dict[str, Any]:
+        """What is kept from one epoch to the next, once the process is drained; the same in all replicas."""
+        return {"steps": self.steps}
+
+    def load_carry(self, state: Mapping[str, Any]) -> None:
+        """Takes up what ``carry`` gave."""
+        self.steps = state["steps"]
+
+    def close(self) -> None:
+        """Ends what connects the processes."""
 
     def gather(self) -> None:
         """Puts the stages together in the process of rank 0, whose rule then has all modules with their weights."""
