@@ -124,7 +124,8 @@ def test_a_killed_stage_ends_the_others_and_the_run_goes_on(launcher, whole, tmp
         ended = launcher.wait(pids)
         other, n = ended[1 - killed], 2 - killed
         assert (ended[killed].code, other.code) == (-signal.SIGKILL, 2), ended
-        told = other.err.splitlines()[-1]
+        *progress, told = other.err.splitlines()
+        assert all(line.startswith("epoch ") for line in progress)
         assert told.startswith(f"hbll: stage {n}: ")
         assert f"its checkpoint {folder}/stage-{n}.safetensors has seen " in told
         assert told.endswith(f"start all processes again with --run-dir {folder} --resume")
@@ -165,19 +166,24 @@ def test_replicas_of_stages_share_batches_and_may_be_fewer_when_the_run_goes_on(
     assert [line.epoch for line in metrics.read(run.metrics_file)] == [1, 2]
 
 
-def test_replicas_of_a_network_learn_as_one_process_does(launcher, tmp_path):
-    options = ["train", "digits", *SMALL[5:], *TUNED[:4], "--epochs", 2, "--rule", "bp", "--parallel", "data"]
+@pytest.mark.parametrize(
+    ("rule", "parallel"), [("bp", "data"), ("stream", "data"), ("paper", "stages"), ("tree", "stages")]
+)
+def test_replicas_of_a_network_and_parts_of_a_tree_learn_as_one_process_does(launcher, tmp_path, rule, parallel):
+    clip = TUNED[:2] if parallel == "data" else []  # parts are cut down each by itself
+    options = ["train", "digits", *SMALL[5:], *clip, "--epochs", 2, "--rule", rule, "--parallel", parallel]
     ended = launcher.run(2, *options, "--run-dir", tmp_path / "two")
     assert [one.code for one in ended] == [0, 0], ended
     two = open_run(tmp_path / "two")
-    one = Run(recipe=two.recipe, method="bp", seed=0, folder=tmp_path / "one")
+    one = Run(recipe=two.recipe, method=rule, seed=0, folder=tmp_path / "one")
     train(one)
     for name, expected in weights(one).items():
         torch.testing.assert_close(weights(two)[name], expected, rtol=0, atol=1e-5)
     first, second = (metrics.read(run.metrics_file)[-1] for run in (one, two))
     assert second.loss == pytest.approx(first.loss, abs=1e-5)
     assert second.chain["accuracy"] == pytest.approx(first.chain["accuracy"], abs=0.01)
-    assert (second.work, second.span) == (first.work, first.span)
+    if parallel == "data":
+        assert (second.work, second.span) == (first.work, first.span)
 
 
 @pytest.mark.parametrize("rule", ["solo", "greedy", "dgl", "predsim", "cff"])
@@ -204,23 +210,26 @@ def test_the_weights_that_validate_best_are_kept(launcher, tmp_path):
 
 
 APART = (
-    "hbll: by Paper the loss of a stage reaches other stages, or waits for them: stages in processes of their own are for "
-    "stream with copies, greedy, solo, dgl, predsim and cff\n"
+    "hbll: by Scan the loss of a stage reaches other stages, or waits for them: stages in processes of their own are for "
+    "stream with copies, greedy, solo, dgl, predsim and cff, and subtrees of them, by hbll.distributed.TreeWorker, for "
+    "paper and tree\n"
 )
-
-
 COUNTS = (
     "hbll: the network is cut into 2 stages, and there are {} processes: start 2, or a multiple, or give another "
     "--stage\n"
 )
 SHARES = "hbll: --batch-size 15 is of all replicas together, and 2 cannot share it evenly\n"
+TREE = "hbll: the tree is of 3 stages: start as many processes at most, not 4\n"
+NOISE = "hbll: noise on targets is drawn from one generator for all nodes: leave noise= out, or train in one process\n"
 NO_GPUS = "hbll: nccl needs a GPU for each of the 2 processes of a machine, which has 0: take gloo\n"
 
 
 @pytest.mark.parametrize(
     ("world", "arguments", "sentence"),
     [
-        (2, ["--rule", "paper"], APART),
+        (2, ["--rule", "scan"], APART),
+        (4, ["--rule", "paper", "--blocks", 3, "--stage", 1], TREE),
+        (2, ["--rule", "tree", "--noise", 0.1], NOISE),
         (3, ["--rule", "stream"], COUNTS.format(3)),
         (1, ["--rule", "stream"], COUNTS.format(1)),
         (4, ["--rule", "stream", "--batch-size", 15], SHARES),
@@ -249,7 +258,7 @@ def test_a_process_that_never_comes_is_waited_for_no_longer_than_was_said(launch
         port = free_port()
         (ended,) = launcher.run(2, *STREAM, "--timeout", 1, ranks=[rank], port=port)
         assert ended.code == 2
-        told = ended.err.splitlines()[-1]
+        (told,) = ended.err.splitlines()
         assert told.startswith(f"hbll: process {rank} of 2 did not meet the others at 127.0.0.1:{port} within 1 second")
 
 

@@ -31,7 +31,9 @@ class Replica:
     """
 
     def __init__(self, rule: Rule) -> None:
-        with lost("another replica"):  # rules leave some parameters out in some steps; running statistics stay each one's
+        with lost(
+            "another replica"
+        ):  # rules leave some parameters out in some steps; running statistics stay each one's
             self._averaging = DistributedDataParallel(rule, find_unused_parameters=True, broadcast_buffers=False)
         self.rule = rule
         self.module: nn.Module = rule

@@ -87,14 +87,14 @@ class Share:
             if self.place == 0:
                 module.to_empty(device=self.device)
             if self.place in (0, place):
-                with lost(self._title(0 if self.place else place)):
+                with lost(self.title(0 if self.place else place)):
                     for tensor in module.state_dict().values():
                         if self.place == 0:
                             dist.recv(tensor, rank, group=self._shares)
                         else:
                             dist.send(tensor.contiguous(), self._ranks[0], group=self._shares)
 
-    def _title(self, place: int) -> str:
+    def title(self, place: int) -> str:
         """What errors call the process of a share."""
         first, *_, last = (*self.owned[place], self.owned[place][-1])
         return f"stage {first}" if first == last else f"the process of stages {first} to {last}"

@@ -20,15 +20,16 @@ from torch.nn.utils import clip_grad_norm_
 
 from hbll.carry import own_copy, tensor_bytes
 from hbll.data import Samples, Splits
-from hbll.distributed import Worker
+from hbll.distributed import Replica, TreeWorker, Worker
 from hbll.distributed.launch import all_say, first_says, wait_for_all
 from hbll.distributed.link import lost
-from hbll.distributed.replica import Replica
+from hbll.distributed.tree import check_tree
 from hbll.files import write_atomically
 from hbll.modes import evaluating
 from hbll.recipes import Recipe, flag
 from hbll.recipes.base import ChainRecipe
 from hbll.rule import Report, Rule, Step
+from hbll.rules.tree import Tree
 from hbll.train import checkpoint, metrics
 from hbll.train.descent import lowered
 from hbll.train.device import device
@@ -71,7 +72,7 @@ def train_parallel(
             splits = run.recipe.splits(run.data_dir).to(device()) if leads else None
             task = first_says(splits and Task.of(run, splits))
             part = Part(run, task, splits)
-            title = f"{part.place.title}: "
+            title = f"{part.title}: "
             with held(run.folder) if leads else nullcontext():
                 if resume:
                     part.restore()
@@ -152,6 +153,7 @@ class Place:
     """Where a process stands among all of them; stages and replicas count from 1 and from 0."""
 
     stage: int
+    """Of a tree over processes, the part."""
     stages: int
     replica: int
     replicas: int
@@ -161,7 +163,14 @@ class Place:
         """This process's; ValueError when the rule or the batches are not for so many processes."""
         rank, world = dist.get_rank(), dist.get_world_size()
         stages = 1
-        if run.parallel == "stages":
+        if run.parallel == "stages" and isinstance(rule, Tree):
+            check_tree(rule)
+            stages = world
+            if world > len(rule.stages):
+                raise ValueError(
+                    f"the tree is of {len(rule.stages)} stages: start as many processes at most, not {world}"
+                )
+        elif run.parallel == "stages":
             rule.check_apart()
             stages = len(rule.stages)
         if world % stages:
@@ -175,13 +184,6 @@ class Place:
                 f"--batch-size {run.recipe.batch_size} is of all replicas together, and {replicas} cannot share it evenly"
             )
         return cls(rank // replicas + 1, stages, rank % replicas, replicas)
-
-    @property
-    def title(self) -> str:
-        """What errors call the process."""
-        if self.stages == 1:
-            return f"replica {self.replica + 1}"
-        return f"stage {self.stage}" + (f", replica {self.replica + 1}" if self.replicas > 1 else "")
 
     @property
     def leads(self) -> bool:
@@ -229,15 +231,19 @@ class Part:
             if run.parallel == "stages":
                 names = ("stage", "data")
                 mesh = init_device_mesh(device().type, (place.stages, place.replicas), mesh_dim_names=names)
-                self.worker: Worker | Replica = Worker(rule, mesh)
+                by_tree = isinstance(rule, Tree)
+                self.worker: Worker | TreeWorker | Replica = TreeWorker(rule, mesh) if by_tree else Worker(rule, mesh)
                 self._siblings = mesh.get_group("data")
             else:
                 self.worker = Replica(rule)
                 self._siblings = None
-        if place.stage == 1 and splits is None:
+        reads = place.stage == 1 or (
+            isinstance(rule, Tree) and place.stage == place.stages
+        )  # labels do not travel there
+        if reads and splits is None:
             splits = recipe.splits(run.data_dir).to(device())
         self.splits = splits
-        """What the first stage reads."""
+        """What the process reads."""
         self.feed = Feed(run, splits.train) if splits else None
         self.optimizers = make_optimizers(
             rule,
@@ -251,6 +257,15 @@ class Part:
         self.schedules = [scheduler(recipe.schedule, optimizer, steps) for optimizer in self.optimizers]
         self.epoch = 0
         self.file, self.file_before = run.stage_files(place.stage)
+
+    @property
+    def title(self) -> str:
+        """What errors call the process."""
+        replica = f"replica {self.place.replica + 1}"
+        if isinstance(self.worker, Replica):
+            return replica
+        stage = self.worker.title(self.worker.place)
+        return f"{stage}, {replica}" if self.place.replicas > 1 else stage
 
     @property
     def kept(self) -> str:
@@ -296,7 +311,7 @@ class Part:
         valid = torch.zeros(0)
         if self.task.valid:
             valid = self._measured(splits.valid if splits else None, self.task.valid)
-        carry = None if self.place.stages > 1 else self.worker.carry()
+        carry = self.worker.carry() if isinstance(self.worker, Replica) else None
         defect = None if sums.defect is None else sums.defect.item()
         said: list[Said] = all_say(
             Said(self.place.stage, sums.loss.item(), sums.work, sums.span, defect, seconds, test, valid, carry)
@@ -307,7 +322,7 @@ class Part:
         line = self._line(said)
         metrics.append(self.run.metrics_file, line)
         # After the line, which all that have seen the epoch are to have.
-        self.save([one.carry for one in said] if self.place.stages == 1 else [self.worker.carry()])
+        self.save([one.carry for one in said] if isinstance(self.worker, Replica) else [self.worker.carry()])
         return line
 
     def end(self) -> None:
@@ -455,7 +470,7 @@ class Part:
             return
         step = (self.epoch + 1) * self.task.steps
         raise DivergedError(
-            f"{self.place.title}: the loss or a weight became NaN or infinite in epoch {self.epoch + 1}; the checkpoint "
+            f"{self.title}: the loss or a weight became NaN or infinite in epoch {self.epoch + 1}; the checkpoint "
             f"{self.file} has seen {self.epoch} epochs: try a lower --learning-rate",
             step,
         )
@@ -489,6 +504,7 @@ class Part:
             return {"path": self.chain.name, "blocks": self.chain.blocks, **found}
 
         last = [one for one in said if one.stage == self.place.stages]
+        by_stage = isinstance(self.worker, Worker)
         return Metrics(
             epoch=self.epoch,
             loss=sum(losses.values()),
@@ -499,5 +515,5 @@ class Part:
             work=sum(one.work for one in said) / steps / replicas,
             span=max(one.span for one in said) / steps,
             defect=sum(defects) / steps / replicas if defects else None,
-            nodes={str(n): asdict(Report(error=loss)) for n, loss in losses.items()} if self.place.stages > 1 else {},
+            nodes={str(n): asdict(Report(error=loss)) for n, loss in losses.items()} if by_stage else {},
         )
