@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
 from itertools import count, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
@@ -63,6 +63,20 @@ class TrainOptions(Generic[RecipeT]):
 
     resume: FlagCreatePairsOff[bool] = False
     """Go on with the run in --run-dir; options not given are as the run has them."""
+
+    parallel: Literal["none", "stages", "data"] = "none"
+    """What each of several processes has, which torchrun has started: a stage (with more processes than stages, as many
+    replicas of each), or a replica of the whole network, which learns from its share of every batch."""
+
+    timeout: float = 30.0
+    """Of several processes: seconds for which one waits for another before it ends, longer than any step takes."""
+
+    backend: Literal["gloo", "nccl"] | None = None
+    """What carries messages between processes (nccl where each of a machine has a GPU of its own, else gloo)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < 10**9:
+            raise ValueError(f"--timeout must be above 0 and below 10^9 seconds, not {self.timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,19 +237,52 @@ class PlanOptions(Generic[RecipeT]):
 def train(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      train a network"""
     from hbll.train.console import train_shown
-    from hbll.train.run import Run, open_run
+    from hbll.train.run import open_run
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
+    name = f"{recipe.name}-{options.method}-s{options.seed}"
+    if options.parallel != "none":
+        _train_parallel(options, name)
     options.recipe.check([options.method])
-    with _folder(options.run_dir, f"{recipe.name}-{options.method}-s{options.seed}") as folder:
-        run = Run(
-            recipe=options.recipe,
-            method=options.method,
-            seed=options.seed,
-            folder=folder,
-            data_dir=options.data_dir,
-        )
-        train_shown(run, resume=options.resume)
+    with _folder(options.run_dir, name) as folder:
+        train_shown(_run_of(options, folder), resume=options.resume)
+
+
+def _train_parallel(options: Any, name: str) -> NoReturn:
+    """This process's part of a run on several; results and progress are the first one's."""
+    from hbll.distributed.launch import first_says, join, rank_of
+    from hbll.train.console import train_shown
+    from hbll.train.parallel import apart, train_parallel
+
+    options = replace(options, recipe=apart(options.recipe, options.method, options.parallel))
+    options.recipe.check([options.method])
+    leads = rank_of(os.environ) == 0
+
+    def work() -> None:
+        with _folder(options.run_dir, name) if leads else contextlib.nullcontext() as folder:
+            join(options.timeout, options.backend)
+            run = _run_of(options, options.run_dir or first_says(folder))
+            if leads:
+                train_shown(run, resume=options.resume, by=train_parallel)
+            else:
+                train_parallel(run, resume=options.resume)
+
+    code = _status(work)
+    sys.stderr.flush()
+    os._exit(code)  # at the interpreter's end gloo's threads may stumble over each other
+
+
+def _run_of(options: Any, folder: Path) -> "Run":
+    from hbll.train.run import Run
+
+    return Run(
+        recipe=options.recipe,
+        method=options.method,
+        seed=options.seed,
+        folder=folder,
+        data_dir=options.data_dir,
+        parallel=options.parallel,
+    )
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -397,28 +444,38 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0, 2 after an error of the user's (one sentence on stderr), 130 after Ctrl-C or SIGTERM, 1
     if whoever reads its output has closed it."""
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # lost links are told in a sentence, not by torch's warnings too
     with terminal():
-        _run(sys.argv[1:] if arguments is None else arguments)
+        code = _status(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
+    if code:
+        sys.exit(code)
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _status(work: Callable[[], None]) -> int:
+    """Works, and says what ended it; the exit code."""
     try:
         try:
-            _dispatch(arguments)
+            work()
         finally:
             sys.stdout.flush()
     except ValueError as error:
         print(f"hbll: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
+    except ConnectionError as error:  # of processes that train together
+        print(f"hbll: {error}", file=sys.stderr)
+        return 2
     except OSError as error:  # a folder that is a file, a full disk
         print(f"hbll: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt as interruption:
         print(f"hbll: {str(interruption) or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 def _dispatch(arguments: Sequence[str]) -> None:

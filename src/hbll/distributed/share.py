@@ -1,7 +1,8 @@
 """What workers have in common: a process owns some stages of a rule, and may have replicas."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,20 @@ class Share:
         """The process's own."""
         return self.module.parameters()
 
+    def drain(self) -> None:
+        """Ends an epoch with no batch in flight."""
+
+    def carry(self) -> dict[str, Any]:
+        """What is kept from one epoch to the next, once the process is drained; the same in all replicas."""
+        return {"steps": self.steps}
+
+    def load_carry(self, state: Mapping[str, Any]) -> None:
+        """Takes up what ``carry`` gave."""
+        self.steps = state["steps"]
+
+    def close(self) -> None:
+        """Ends what connects the processes."""
+
     def gather(self) -> None:
         """Puts the stages together in the process of rank 0, whose rule then has all modules with their weights."""
         if self.replica:
@@ -72,14 +87,14 @@ class Share:
             if self.place == 0:
                 module.to_empty(device=self.device)
             if self.place in (0, place):
-                with lost(self._title(0 if self.place else place)):
+                with lost(self.title(0 if self.place else place)):
                     for tensor in module.state_dict().values():
                         if self.place == 0:
                             dist.recv(tensor, rank, group=self._shares)
                         else:
                             dist.send(tensor.contiguous(), self._ranks[0], group=self._shares)
 
-    def _title(self, place: int) -> str:
+    def title(self, place: int) -> str:
         """What errors call the process of a share."""
         first, *_, last = (*self.owned[place], self.owned[place][-1])
         return f"stage {first}" if first == last else f"the process of stages {first} to {last}"

@@ -36,7 +36,7 @@ from hbll.rules.tree import ArcCredit, TreeStates
 from hbll.rules.tree import Tree as TreeRule
 from hbll.tree import Tree
 
-__all__ = ["Level", "TreeWorker", "levels"]
+__all__ = ["Level", "TreeWorker", "check_tree", "levels"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class TreeWorker(Share):
         sizes: Sequence[int] | None = None,
         wire: torch.dtype | None = None,
     ) -> None:
-        self._states, self._credit = _check(rule)
+        self._states, self._credit = check_tree(rule)
         if sizes is None:
             sizes = _even(len(rule.stages), dist.get_world_size() if mesh is None else mesh.mesh.shape[0])
         if min(sizes) < 1 or sum(sizes) != len(rule.stages):
@@ -171,7 +171,7 @@ class TreeWorker(Share):
         firsts = {c.to: c for crossings in reversed(rounds) for c in reversed(crossings) if c.to}
         self._with_context = set(firsts.values())
         """The first message of a step to every other process has the context in it."""
-        titles = [self._title(place) for place in range(len(sizes))]
+        titles = [self.title(place) for place in range(len(sizes))]
         self._exchange = Exchange(self.place, self._ranks, titles, self._shares, self.on_wire, self.device, wire)
         dist.barrier(self._shares)  # NCCL's first call in a group is one of all its processes
 
@@ -304,7 +304,7 @@ class TreeWorker(Share):
             yield tuple(node_of[j] for j in right)
 
 
-def _check(rule: TreeRule) -> tuple[TreeStates, ArcCredit]:
+def check_tree(rule: TreeRule) -> tuple[TreeStates, ArcCredit]:
     """What a rule is made of, once it is known that its nodes need no more than their parents; else raises ValueError."""
     if not isinstance(rule, TreeRule):
         raise ValueError(

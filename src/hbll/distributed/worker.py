@@ -14,7 +14,7 @@ Every stage works on the batch that the one before it has handed on; nobody wait
 what it does in the rule's step k + n - 1 in one process, to the last bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -56,6 +56,7 @@ class Worker(Share):
         super().__init__(rule, mesh, [(n,) for n in range(1, len(rule.stages) + 1)])
         (self.stage,) = self.stages
         self.last = len(rule.stages)
+        self._clock = 0  # steps of the rule in one process, those in which it is drained among them
         self._refreshed = 0
         self._next: Sender | None = None
         self._before: Receiver | None = None
@@ -81,11 +82,12 @@ class Worker(Share):
         Raises:
             ConnectionError: another stage is lost.
         """
-        self._refresh(self.steps + self.stage - 1)
+        self._refresh(self._clock + self.stage - 1)
         given = self._before.get() if self._before else Message(x, y, {})
         step = self.rule.stage_backward(self.stage, given, self._hand_on, scale)
         self._average()
         self.steps += 1
+        self._clock += 1
         return step
 
     @torch.no_grad()
@@ -101,9 +103,25 @@ class Worker(Share):
         self._hand_on(Message(state, labels, context))
         return None
 
+    def drain(self) -> None:
+        """Ends an epoch with no batch in flight: refreshes what would be while the last one passes the later stages."""
+        self._refresh(self._clock + self.last - 2)
+        self._clock += self.last - 1
+
+    def carry(self) -> dict[str, Any]:
+        return {**super().carry(), "clock": self._clock}
+
+    def load_carry(self, state: Mapping[str, Any]) -> None:
+        super().load_carry(state)
+        self._clock = state["clock"]
+        self._refreshed = max(0, self._clock - 1)
+
     def finish(self) -> None:
-        """Ends the training: what would be refreshed while the last batch passes the later stages, and the links."""
-        self._refresh(self.steps + self.last - 2)
+        """Ends the training: ``drain`` and ``close``."""
+        self.drain()
+        self.close()
+
+    def close(self) -> None:
         for link in (self._before, self._next):
             if link is not None:
                 link.close()

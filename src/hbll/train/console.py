@@ -1,7 +1,7 @@
 """Runs as the terminal shows them: progress on stderr, results on stdout."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,8 +22,8 @@ _NAME_WIDTH = 12
 """Characters that the first column of a table has at least."""
 
 
-def train_shown(run: Run, *, resume: bool) -> None:
-    """`train`, with a bar, a line an epoch, and at the end what each path came to."""
+def train_shown(run: Run, *, resume: bool, by: Callable[..., None] = train) -> None:
+    """`train`, or what trains as it does, with a bar, a line an epoch, and at the end what each path came to."""
     measures = run.recipe.measures
     with progress_bars() as progress:
         bar = progress.add_task(f"{run.recipe.name}, {run.method}, seed {run.seed}", total=None)
@@ -34,7 +34,7 @@ def train_shown(run: Run, *, resume: bool) -> None:
             progress.console.print(text, highlight=False)
 
         try:
-            train(
+            by(
                 run,
                 resume=resume,
                 on_step=lambda done, steps: progress.update(bar, completed=done + 1, total=steps),

@@ -84,6 +84,12 @@ def fit(
     return descent.run(batches, epochs=epochs, accumulate=accumulate, drain=drain, on_step=on_step)
 
 
+def lowered(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, autocast lowers what may be lowered to a precision; of `float32` nothing."""
+    lower = _LOWER.get(precision)
+    return torch.autocast(device.type, lower) if lower else nullcontext()
+
+
 class Descent:
     """A rule, and all that moves its parameters: optimizers, schedules, the scale of gradients.
 
@@ -174,16 +180,12 @@ class Descent:
     def _gradients(self, x: Any, y: Any, scale: Tensor | float) -> Step:
         """Adds the gradients of a batch to `.grad`."""
         if self.wrapped is self.rule:
-            with self._lowered():
+            with lowered(self.precision, self.device):
                 return self.rule.backward(x, y, scale)
-        with self._lowered():
+        with lowered(self.precision, self.device):
             step = self.wrapped(x, y)
         (step.loss * scale).backward()
         return step
-
-    def _lowered(self) -> AbstractContextManager[Any]:
-        lower = _LOWER.get(self.precision)
-        return torch.autocast(self.device.type, lower) if lower else nullcontext()
 
     def _descend(self) -> bool:
         """Moves the parameters along their gradients; whether it did, and they were finite."""

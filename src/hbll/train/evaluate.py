@@ -1,7 +1,7 @@
 """A trained network measured along its paths and at the readouts of its stages: how good, and at what cost."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeAlias
 
@@ -47,6 +47,10 @@ def load_rule(run: Run, best: bool = False) -> Rule:
     file = run.best_file if best else run.checkpoint_file
     if best and not file.is_file():
         raise ValueError(f"{run.folder} has no {file.name}: no epoch of it was measured on validation samples")
+    if run.parallel != "none" and not file.is_file():
+        raise ValueError(
+            f"{run.folder} has no {file.name}: its stages are put together at the end of the run, to which --resume leads"
+        )
     rule = run.recipe.rule(run.method, run.recipe.network(), None)
     state = checkpoint.load(file) if best else run.load_checkpoint()
     with checkpoint.understood(file):
@@ -180,12 +184,28 @@ def measured(
 def _means(
     network: nn.Module, samples: Samples, readout: Readout, measures: Sequence[Measure]
 ) -> dict[str, float | None]:
-    sums = torch.zeros(len(measures), dtype=torch.float64, device=samples.labels.device)
     size = _batch_size(samples)
-    for inputs, labels in zip(samples.inputs.split(size), samples.labels.split(size), strict=True):
-        logits = _scores(network, inputs, readout)
-        sums += torch.stack([measure.values(logits, labels).sum(dtype=torch.float64) for measure in measures])
-    units = {"labels": int((samples.labels != IGNORED).sum()), **samples.units}  # of sequences, every step counts
+    batches = zip(samples.inputs.split(size), samples.labels.split(size), strict=True)
+    sums = summed(((_scores(network, inputs, readout), labels) for inputs, labels in batches), measures)
+    return means(sums, measures, units_of(samples))
+
+
+def summed(predicted: Iterable[tuple[Tensor, Tensor]], measures: Sequence[Measure]) -> Tensor:
+    """The sums of the measures' values over batches of logits and labels, (number of measures,) in float64."""
+    sums = torch.zeros(len(measures), dtype=torch.float64)
+    for logits, labels in predicted:
+        values = torch.stack([measure.values(logits, labels).sum(dtype=torch.float64) for measure in measures])
+        sums = sums.to(values.device) + values
+    return sums
+
+
+def units_of(samples: Samples) -> dict[str, int]:
+    """What all labels of some samples amount to: by `labels` their number, and others as the samples know them."""
+    return {"labels": int((samples.labels != IGNORED).sum()), **samples.units}  # of sequences, every step counts
+
+
+def means(sums: Tensor, measures: Sequence[Measure], units: Mapping[str, int]) -> dict[str, float | None]:
+    """The measures by what was `summed`."""
     return {
         measure.name: _finite(measure.of_mean, total / units[measure.per])
         for measure, total in zip(measures, sums.tolist(), strict=True)

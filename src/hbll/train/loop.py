@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from hbll.train.descent import Descent
 from hbll.train.device import device
 from hbll.train.divergence import LOOK_EVERY, DivergedError, all_finite, place_in_step, place_in_weights
 from hbll.train.evaluate import measured
+from hbll.train.feed import Feed
 from hbll.train.hold import held
 from hbll.train.interrupt import deferred_interrupt
 from hbll.train.metrics import Metrics
@@ -84,7 +84,7 @@ def train(
         while training.epoch < run.recipe.epochs:
             training.go_on(before_step)
             line = training.end_epoch(splits)
-            if _is_best(line, metrics.read(run.metrics_file), run.recipe.measures[0]):
+            if is_best(line, metrics.read(run.metrics_file), run.recipe.measures[0]):
                 training.save_best()
             metrics.append(run.metrics_file, line)
             training.save()
@@ -93,7 +93,7 @@ def train(
             raise Interrupted
 
 
-def _is_best(line: Metrics, before: Sequence[Metrics], measure: Measure) -> bool:
+def is_best(line: Metrics, before: Sequence[Metrics], measure: Measure) -> bool:
     """Whether the validation samples, if there are any, were measured better than after any epoch before."""
     if line.validation is None:
         return False
@@ -142,7 +142,8 @@ class Training:
             recipe.weight_decay,
             error_feedback=recipe.error_feedback,
         )
-        self.steps_per_epoch = len(samples) // (recipe.batch_size * recipe.accumulate)
+        self.feed = Feed(run, samples)
+        self.steps_per_epoch = self.feed.steps_per_epoch
         steps = recipe.epochs * self.steps_per_epoch
         schedules = [scheduler(recipe.schedule, optimizer, steps) for optimizer in optimizers]
         self.descent = Descent(
@@ -170,12 +171,12 @@ class Training:
             DivergedError: the loss or a weight is no longer finite.
         """
         # Batches stay in flight at the end: a run that is taken up for more epochs goes on as if it had never stopped.
-        order = self._order()
+        order = self.feed.order(self.epoch)
         while self.position < self.steps_per_epoch:
             before_step(self.epoch * self.steps_per_epoch + self.position)
             began = time.perf_counter()
             self.learning_rate = self.descent.optimizers[0].param_groups[0]["lr"]
-            self.sums.add(self.descent.step(*self._batches(order)))
+            self.sums.add(self.descent.step(*self.feed.batches(order, self.epoch, self.position)))
             self.position += 1
             if self.position % LOOK_EVERY == 0 or self.position == self.steps_per_epoch:
                 self._check()
@@ -246,24 +247,6 @@ class Training:
             self.sums = Sums(**state["sums"])
             return self.epoch, state["metrics"]
 
-    def _order(self) -> Tensor:
-        """The order of the epoch's samples: a function of seed and epoch, so that it need not be saved."""
-        order = np.random.default_rng([self.run.seed, self.epoch]).permutation(len(self.samples))
-        return torch.from_numpy(order).to(device())
-
-    def _batches(self, order: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The batches of the step that is next."""
-        recipe, draw = self.run.recipe, self._draw()
-        size = recipe.batch_size * recipe.accumulate
-        parts = order[self.position * size : (self.position + 1) * size].split(recipe.batch_size)
-        batches = [self.samples[part] for part in parts]
-        return [(recipe.augment(batch.inputs, draw), batch.labels) for batch in batches]
-
-    def _draw(self) -> np.random.Generator:
-        """The step's own random numbers for augmentation: the same whatever the method draws, and after resuming."""
-        # Counted from 1, because a seed padded with zeros is the same seed: step 0 would draw what its order was drawn by.
-        return np.random.default_rng([self.run.seed, self.epoch, 1 + self.position])
-
     def _check(self) -> None:
         """DivergedError unless every loss of the epoch and every weight is finite."""
         if self.sums.loss.isfinite() and all_finite(self.rule.network.parameters()):
@@ -282,11 +265,11 @@ class Training:
         """
         again = Training(self.run, self.samples)
         again.restore()
-        order = again._order()
+        order = self.feed.order(again.epoch)
         while again.position < self.position:
             step = again.epoch * self.steps_per_epoch + again.position + 1
             when = f"in step {again.position + 1} of epoch {again.epoch + 1}"
-            batches = again._batches(order)
+            batches = self.feed.batches(order, again.epoch, again.position)
             for batch in batches:
                 if place := place_in_step(again.rule, *batch):
                     return step, f"{when}, first at {place}"

@@ -1,5 +1,7 @@
 """Optimizers by name, for all parameters of a rule."""
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.optim import AdamW, Muon, NAdam, Optimizer
 
@@ -13,7 +15,13 @@ OPTIMIZERS = ("adamw", "muon", "nadam")
 
 
 def make_optimizers(
-    rule: Rule, name: str, learning_rate: float, weight_decay: float, *, error_feedback: bool = False
+    rule: Rule,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    *,
+    error_feedback: bool = False,
+    parameters: Iterable[nn.Parameter] | None = None,
 ) -> list[Optimizer]:
     """What moves the parameters of a rule.
 
@@ -26,14 +34,16 @@ def make_optimizers(
         learning_rate: of all of them.
         weight_decay: of all of them.
         error_feedback: whether each update is corrected by the change since the last, for gradients that come late.
+        parameters: those of the rule's that are moved, such as a stage's; by default all.
 
     Raises:
         ValueError: an unknown name, or blocks without matrices for muon.
     """
     check_known(name, OPTIMIZERS, "optimizer")
-    matrices = _matrices(rule) if name == "muon" else []
+    held = dict.fromkeys(rule.parameters() if parameters is None else parameters)
+    matrices = [matrix for matrix in _matrices(rule) if matrix in held] if name == "muon" else []
     known = set(matrices)
-    others = [parameter for parameter in rule.parameters() if parameter not in known]
+    others = [parameter for parameter in held if parameter not in known]
     optimizers: list[Optimizer] = []
     if matrices:
         optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))

@@ -4,6 +4,9 @@ configuration.json       the recipe with all its options, method, seed, and what
 metrics.jsonl            one line an epoch
 checkpoint.safetensors   where it stands (see `checkpoint`), and of which run
 best.safetensors         the weights that were best by the validation samples, where there are any
+stage-1.safetensors ..   of a run on several processes, where each stage stands, and stage-1-before.safetensors .. an epoch
+                         before; then the other checkpoint has the weights of all stages, which are gathered at the end
+model                    of such a run, the network as its `save` writes it, at the end
 vocabulary.json          the tokens of a language model
 report.html              written by `hbll report`
 
@@ -17,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -27,6 +30,9 @@ from hbll.train import checkpoint
 
 CONFIGURATION, COMPARISON = "configuration.json", "comparison.json"
 """What makes a folder that of a run, or of a comparison."""
+
+Parallel: TypeAlias = Literal["none", "stages", "data"]
+"""What several processes have each: nothing, as there is one; a stage, or a replica of one; a replica of the network."""
 
 _LIBRARIES = ("hbll", "torch", "numpy", "safetensors", "scikit-learn")
 
@@ -40,6 +46,7 @@ class Run:
     seed: int
     folder: Path
     data_dir: Path | None = None
+    parallel: Parallel = "none"
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -64,6 +71,18 @@ class Run:
         return self.folder / "best.safetensors"
 
     @property
+    def model_folder(self) -> Path:
+        return self.folder / "model"
+
+    def stage_files(self, stage: int) -> tuple[Path, Path]:
+        """Where a stage of a run on several processes stands, and where it stood an epoch before."""
+        return self.folder / f"stage-{stage}.safetensors", self.folder / f"stage-{stage}-before.safetensors"
+
+    def best_stage_file(self, stage: int) -> Path:
+        """Of such a run, the weights of a stage that were best by the validation samples, until they are gathered."""
+        return self.folder / f"stage-{stage}-best.safetensors"
+
+    @property
     def vocabulary_file(self) -> Path:
         return self.folder / "vocabulary.json"
 
@@ -71,6 +90,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """The options that make a run what it is; a depth and the number of blocks that it stands for are one."""
         options = asdict(self.recipe) | {"method": self.method, "seed": self.seed, "blocks": self.recipe.block_count}
+        options["parallel"] = self.parallel
         del options["depth"]
         return options
 
@@ -80,16 +100,18 @@ class Run:
         lasting = {option: value for option, value in self.identity.items() if option != "epochs"}
         return {"recipe": self.recipe.name, **lasting}
 
-    def load_checkpoint(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Where the run stands, tensors on `device`; ValueError for a checkpoint that is missing, damaged, or another's."""
-        state = checkpoint.load(self.checkpoint_file, device)
-        with checkpoint.understood(self.checkpoint_file):
+    def load_checkpoint(self, device: torch.device | str = "cpu", file: Path | None = None) -> dict[str, Any]:
+        """Where the run, or by another file a stage of it, stands, tensors on `device`.
+
+        ValueError for a checkpoint that is missing, damaged, or another's.
+        """
+        file = file or self.checkpoint_file
+        state = checkpoint.load(file, device)
+        with checkpoint.understood(file):
             ours = self.mark
             for option, value in state["run"].items():
                 if option in ours and value != ours[option]:
-                    raise ValueError(
-                        f"{self.checkpoint_file} is of another run, with {flag(option)} {value}, not {ours[option]}"
-                    )
+                    raise ValueError(f"{file} is of another run, with {flag(option)} {value}, not {ours[option]}")
         return state
 
     def write_configuration(self, device: torch.device, engine: str) -> None:
@@ -100,6 +122,7 @@ class Run:
             "seed": self.seed,
             "options": asdict(self.recipe),
             "data_dir": str(self.data_dir.absolute()) if self.data_dir else None,
+            "parallel": self.parallel,
             "block_count": self.recipe.block_count,
             "device": str(device),
             "engine": engine,
@@ -127,6 +150,7 @@ def open_run(folder: Path) -> Run:
             seed=stored["seed"],
             folder=folder,
             data_dir=Path(stored["data_dir"]) if stored["data_dir"] else None,
+            parallel=stored.get("parallel", "none"),  # which older versions do not say
         )
 
 

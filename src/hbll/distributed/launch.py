@@ -1,0 +1,126 @@
+"""Processes that a launcher has started: how they come together, and how they agree."""
+
+import os
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from hbll.distributed.link import lost
+
+__all__ = ["Backend", "all_say", "first_says", "join", "rank_of", "wait_for_all"]
+
+Backend: TypeAlias = Literal["gloo", "nccl"]
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher such as torchrun tells a process: its number, from 0, the number of processes, and where they meet."""
+
+
+def rank_of(environment: Mapping[str, str]) -> int:
+    """The number of this process.
+
+    Raises:
+        ValueError: what a launcher says is missing, or is no number.
+    """
+    missing = [name for name in VARIABLES if name not in environment]
+    if missing:
+        raise ValueError(
+            f"several processes are started by torchrun, or by whatever sets {', '.join(VARIABLES)}: "
+            f"{', '.join(missing)} is not set"
+        )
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not environment[name].isdecimal():
+            raise ValueError(f"{name} is a number; got {environment[name]!r}")
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if rank >= world:
+        raise ValueError(f"RANK counts from 0: of {world} processes the last is {world - 1}, not {rank}")
+    return rank
+
+
+def join(seconds: float, backend: Backend | None = None) -> None:
+    """Joins the other processes, and takes a GPU where there is one.
+
+    Args:
+        seconds: for which a process waits for another one, here and in all that follows.
+        backend: what carries messages; by default nccl where every process of the machine has a GPU of its own, else gloo.
+
+    Raises:
+        ValueError: nccl without enough GPUs; the processes do not come together, or another program listens at their port.
+    """
+    rank, gpus = rank_of(os.environ), torch.cuda.device_count()
+    place, beside = (int(os.environ.get(f"LOCAL_{name}", os.environ[name])) for name in ("RANK", "WORLD_SIZE"))
+    if backend == "nccl" and gpus < beside:
+        raise ValueError(
+            f"nccl needs a GPU for each of the {beside} processes of a machine, which has {gpus}: take gloo"
+        )
+    if gpus:
+        torch.cuda.set_device(place % gpus)
+    limit = timedelta(seconds=seconds)
+    # Of groups that are made later, which do not ask the first one.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    chosen = backend or ("nccl" if 0 < beside <= gpus else "gloo")
+    failed: list[BaseException] = []
+
+    def meet() -> None:
+        try:
+            dist.init_process_group(chosen, timeout=limit)
+        except (RuntimeError, ValueError) as error:
+            failed.append(error)
+
+    # Beside the main thread: what takes the connection and never answers is waited for without a limit.
+    meeting = threading.Thread(target=meet, daemon=True)
+    meeting.start()
+    meeting.join(2 * seconds)
+    if meeting.is_alive():
+        failed.append(TimeoutError("what listens there does not answer"))
+    if failed:
+        raise ValueError(_not_joined(rank, seconds, str(failed[0]))) from failed[0]
+
+
+def _not_joined(rank: int, seconds: float, reason: str) -> str:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in reason:
+        return f"another program listens at {address}, where the processes were to meet: give another MASTER_PORT"
+    first = reason.strip().splitlines()[0]
+    return (
+        f"process {rank} of {os.environ['WORLD_SIZE']} did not meet the others at {address} within {seconds:g} seconds: "
+        f"start all of them, with the same address and port ({first})"
+    )
+
+
+def first_says(value: Any) -> Any:
+    """What the first process has for the others, which give anything.
+
+    Raises:
+        ConnectionError: a process is lost.
+    """
+    said = [value]
+    with lost("the first process"):
+        dist.broadcast_object_list(said, 0)
+    return said[0]
+
+
+def all_say(value: Any) -> list[Any]:
+    """What every process says, in the order of ranks.
+
+    Raises:
+        ConnectionError: a process is lost.
+    """
+    said: list[Any] = [None] * dist.get_world_size()
+    with lost("another process"):
+        dist.all_gather_object(said, value)
+    return said
+
+
+def wait_for_all() -> None:
+    """Goes on once every process has come here.
+
+    Raises:
+        ConnectionError: a process is lost.
+    """
+    with lost("another process"):
+        dist.barrier()
