@@ -104,11 +104,12 @@ class Noise(nn.Module):
     def __init__(self, number):
         super().__init__()
         self.number, self.uses = number, 0
+        self.register_buffer("share", torch.tensor(0.1 + 0.01 * number), persistent=False)
 
     def forward(self, state):
         self.uses += torch.is_grad_enabled()
         draw = torch.Generator().manual_seed(1000 * self.number + self.uses)
-        return state * (1 + 0.1 * torch.randn(state.shape, generator=draw, dtype=state.dtype))
+        return state * (1 + self.share * torch.randn(state.shape, generator=draw, dtype=state.dtype))
 
 
 class Bounded(nn.Module):

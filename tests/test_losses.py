@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbll.losses import cross_entropy, mean_loss, mean_losses, row_means, sample_losses, squared_error
+from hbll.losses import counts, cross_entropy, mean_loss, mean_losses, row_means, sample_losses, squared_error
+from hbll.rules.local import Labels
 
 
 def draw(seed, *shape):
@@ -53,6 +54,27 @@ def test_strided_labels_and_logits():
 def test_labels_outside_the_classes(label):
     with pytest.raises(ValueError, match=r"classes 0\.\.3"):
         cross_entropy(draw(0, 2, 4), torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_classes_of_any_integers(dtype):
+    logits, y = draw(0, 2, 4), torch.tensor([0, 1])
+    for found, expected in zip(cross_entropy(logits, y.to(dtype)), cross_entropy(logits, y), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_byte_that_looks_like_no_label_is_one():
+    logits, y = draw(0, 2, 256), torch.tensor([156, 3])  # -100 is 156 modulo 256
+    byte = y.to(torch.uint8)
+    torch.testing.assert_close(mean_loss(cross_entropy, logits, byte), F.cross_entropy(logits, y))
+    assert counts(cross_entropy, byte[:1])
+    assert len(Labels(byte)) == 2
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, squared_error])
+def test_what_is_not_one_tensor_is_named(loss):
+    with pytest.raises(ValueError, match="the head returns a dict, and this loss takes one tensor"):
+        loss({"logits": draw(0, 2, 4)}, torch.tensor([0, 1]))
 
 
 def test_squared_error_is_a_gaussian_likelihood_up_to_a_constant():

@@ -36,9 +36,10 @@ def test_a_full_stderr_ends_nothing(monkeypatch):
         full.close()
 
 
-def test_what_the_encoding_lacks_is_a_question_mark(monkeypatch):
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter in the locale C
+def test_what_the_encoding_lacks_is_a_question_mark(monkeypatch, errors):
     written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", errors=errors))
     with terminal():
         print("1.5 ± 0.1", flush=True)
     assert written.getvalue() == b"1.5 ? 0.1\n"

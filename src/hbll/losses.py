@@ -11,6 +11,7 @@ __all__ = [
     "IGNORED",
     "Loss",
     "check_labels",
+    "check_prediction",
     "counts",
     "cross_entropy",
     "mean_loss",
@@ -18,6 +19,7 @@ __all__ = [
     "row_means",
     "sample_losses",
     "squared_error",
+    "takes_known_labels",
     "wide",
 ]
 
@@ -40,7 +42,8 @@ def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: the labels are no integers, there is not one for each sample or token, or one is outside the classes (a
             CUDA device stops with an assertion).
     """
-    _check_form(logits.shape, y)
+    _check_form(check_prediction(logits).shape, y)
+    y = y.long()  # a byte cannot hold what stands for none: compared with it, 156 would be that
     try:
         values = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none", ignore_index=IGNORED)
     except IndexError as error:
@@ -48,6 +51,16 @@ def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             f"labels must be classes 0..{logits.shape[-1] - 1}, which the head predicts: {error}"
         ) from error
     return values.view(y.shape), y != IGNORED
+
+
+def check_prediction(prediction: Any) -> Tensor:
+    """What the losses of this file take: ValueError unless the head returned one tensor."""
+    if not isinstance(prediction, Tensor):
+        raise ValueError(
+            f"the head returns a {type(prediction).__name__}, and this loss takes one tensor: let the head return that, or "
+            "give a loss= that takes what it returns"
+        )
+    return prediction
 
 
 def _check_form(scores: torch.Size, y: Any) -> None:
@@ -64,8 +77,13 @@ def _check_form(scores: torch.Size, y: Any) -> None:
         )
 
 
+def takes_known_labels(loss: Loss) -> bool:
+    """Whether it is known what labels a loss takes."""
+    return loss in (cross_entropy, squared_error)
+
+
 def check_labels(loss: Loss, scores: torch.Size, y: Any) -> None:
-    """Looks at labels before their batch comes to the head, as far as a loss of this file is known to take them.
+    """Looks at labels before their batch comes to the head, if their loss is known.
 
     Args:
         scores: the shape of what the head will give.
@@ -76,6 +94,7 @@ def check_labels(loss: Loss, scores: torch.Size, y: Any) -> None:
     """
     if loss is cross_entropy:
         _check_form(scores, y)
+        y = y.long()
         wrong = (y != IGNORED) & ((y < 0) | (y >= scores[-1]))
         if y.device.type == "cpu" and bool(wrong.any()):
             raise ValueError(
@@ -88,7 +107,7 @@ def check_labels(loss: Loss, scores: torch.Size, y: Any) -> None:
 
 def counts(loss: Loss, y: Any) -> Tensor | None:
     """Whether any label of a batch does, a scalar of 0 or 1; None where a loss is not known to leave labels out."""
-    return (y != IGNORED).any() if loss is cross_entropy and isinstance(y, Tensor) else None
+    return (y.long() != IGNORED).any() if loss is cross_entropy and isinstance(y, Tensor) else None
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
@@ -100,7 +119,7 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: they differ in shape.
     """
-    check_labels(squared_error, prediction.shape, y)
+    check_labels(squared_error, check_prediction(prediction).shape, y)
     return (prediction - y).square().sum(-1) / 2
 
 

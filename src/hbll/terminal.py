@@ -59,7 +59,8 @@ def terminal() -> Iterator[None]:
             stack.enter_context(open(os.devnull, "w")) if stream is None else stream
             for stream in (sys.stdout, sys.stderr)
         )
-        if isinstance(stdout, TextIOWrapper) and stdout.errors == "strict":
+        # In the locale C Python writes by surrogateescape, which lacks the same characters.
+        if isinstance(stdout, TextIOWrapper) and stdout.errors in ("strict", "surrogateescape"):
             stdout.reconfigure(errors="replace")
         stack.enter_context(redirect_stdout(stdout))
         stack.enter_context(redirect_stderr(Heedless(stderr)))

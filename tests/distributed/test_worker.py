@@ -70,6 +70,8 @@ worker.gather()
 if rank == 0:
     for (key, value), other in zip(apart.state_dict().items(), rule.state_dict().values(), strict=True):
         assert torch.equal(value, other), key
+    for (key, value), other in zip(apart.named_buffers(), rule.buffers(), strict=True):  # some are in no state_dict
+        assert torch.equal(value, other), key
 dist.barrier()
 dist.destroy_process_group()
 """

@@ -1,5 +1,7 @@
 """The options of rules: whatever cannot be is said in one sentence, before anything is trained."""
 
+import copy
+
 import pytest
 import torch
 from tests.networks import mlp
@@ -200,3 +202,45 @@ def test_a_context_may_have_any_names():
     x, y = torch.randn(4, 5, dtype=torch.float64), torch.arange(4) % 3
     for name in ("stream", "bp", "dgl", "paper"):
         make_rule(name, net, example=x).backward(x, y)
+
+
+class Apart(nn.Module):
+    """A head that returns its scores in two parts."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, state):
+        scores = self.head(state)
+        return scores[:, :1], scores[:, 1:]
+
+
+def squares(parts, y):
+    return sum((part - goal).square().sum(1) for part, goal in zip(parts, y, strict=True))
+
+
+@pytest.mark.parametrize("name", ["paper", "tree", "scan", "stream", "greedy", "pipeline", "2bw", "bp"])
+def test_a_head_may_return_whatever_the_loss_takes(name):
+    whole, x, _ = mlp(4)
+    goal = torch.randn(len(x), whole(x).shape[1], dtype=torch.float64)
+    parted = copy.deepcopy(whole)
+    parted.head = Apart(parted.head)
+    rule = make_rule(name, parted, loss=squares)
+    oracle = make_rule(name, whole, loss=lambda scores, y: (scores - torch.cat(y, 1)).square().sum(1))
+    y = goal[:, :1], goal[:, 1:]
+    for _ in range(6):  # until a label has come through every stage
+        for one in (rule, oracle):
+            one.zero_grad()
+        torch.testing.assert_close(rule.backward(x, y).loss, oracle.backward(x, y).loss)
+    for (key, p), q in zip(rule.named_parameters(), oracle.parameters(), strict=True):
+        assert (q.grad is None) == (p.grad is None), key
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_solo_scales_one_tensor():
+    net, x, y = mlp(4)
+    net.head = Apart(net.head)
+    with pytest.raises(ValueError, match="'solo' scales what the head returns, which is one tensor; got a tuple"):
+        make_rule("solo", net, loss=squares).backward(x, y)

@@ -136,25 +136,20 @@ def growth(
         blocks: of every device.
         devices: the numbers of devices.
     """
-    yield "bp", [(n, cost) for n, cost in _grown(costs, batch, network, blocks, devices, None)]
-    for name in WHOLE | SPLIT:
-        points = list(_grown(costs, batch, network, blocks, devices, name))
+    for name, build in ({"bp": lambda costs, batch, *_: by_backpropagation(costs, batch)} | WHOLE | SPLIT).items():
+        points = list(_grown(build, costs, batch, network, blocks, devices, split=name in SPLIT))
         if points:
             yield name, points
 
 
 def _grown(
-    costs: Costs, batch: int, network: Network, blocks: int, devices: Sequence[int], name: str | None
+    build: Build, costs: Costs, batch: int, network: Network, blocks: int, devices: Sequence[int], split: bool
 ) -> Iterator[tuple[int, float]]:
     for number in devices:
-        grown = costs.repeated(blocks * number)
-        if name is None:
-            yield blocks * number + 1, step_seconds(by_backpropagation(grown, batch), network)
-            continue
-        micros = _micro_batches(batch, number)[-1:] if name in SPLIT else [1]
+        micros = _micro_batches(batch, number)[-1:] if split else [1]
         for micro in micros:
             try:
-                priced = (WHOLE | SPLIT)[name](grown, batch, number, micro, network)
+                priced = build(costs.repeated(blocks * number), batch, number, micro, network)
             except ValueError:  # such a split cannot be: the curve ends
                 continue
             yield blocks * number + 1, step_seconds(priced, network)

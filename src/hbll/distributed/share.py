@@ -78,21 +78,30 @@ class Share:
     def close(self) -> None:
         """Ends what connects the processes."""
 
+    @torch.no_grad()
     def gather(self) -> None:
-        """Puts the stages together in the process of rank 0, whose rule then has all modules with their weights."""
+        """Puts the stages together in the process of rank 0, whose rule then has all modules with their weights and buffers;
+        weights that modules of another process share are equal there, and no longer one.
+
+        Raises:
+            ConnectionError: another process is lost.
+        """
         if self.replica:
             return
         for place, rank in enumerate(self._ranks[1:], 1):
+            if self.place not in (0, place):
+                continue
             module = nn.ModuleList(_modules(self.rule, self.owned[place]))
             if self.place == 0:
                 module.to_empty(device=self.device)
-            if self.place in (0, place):
-                with lost(self.title(0 if self.place else place)):
-                    for tensor in module.state_dict().values():
-                        if self.place == 0:
-                            dist.recv(tensor, rank, group=self._shares)
-                        else:
-                            dist.send(tensor.contiguous(), self._ranks[0], group=self._shares)
+            with lost(self.title(0 if self.place else place)):
+                for tensor in _tensors(module):
+                    if self.place == 0:
+                        received = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                        dist.recv(received, rank, group=self._shares)
+                        tensor.copy_(received)  # whose memory may be laid out otherwise
+                    else:
+                        dist.send(tensor.contiguous(), self._ranks[0], group=self._shares)
 
     def title(self, place: int) -> str:
         """What errors call the process of a share."""
@@ -114,6 +123,12 @@ class Share:
 
 def _modules(rule: Rule, stages: Sequence[int]) -> list[nn.Module]:
     return [module for n in stages for module in rule.own(n)]
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, those among them that no state_dict has; shared ones each time."""
+    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return (tensor for _, tensor in chain(*named))
 
 
 def _let_go(rule: Rule, owned: Sequence[tuple[int, ...]], place: int) -> None:

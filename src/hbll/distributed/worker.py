@@ -25,7 +25,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hbll.distributed.link import Receiver, Sender, lost
 from hbll.distributed.share import Share
-from hbll.network import Context
 from hbll.rule import Message, Rule, Step
 from hbll.rules.readouts import Meet, Meeting, load_vector, mean, vector
 from hbll.rules.stream import Stream
@@ -95,12 +94,19 @@ class Worker(Share):
         """The head's output of a batch and its labels, at the last stage; the others evaluate their stage and return None.
 
         Args: as of ``backward``. No larger than the first batch that was learned from.
+
+        Raises:
+            ConnectionError: another stage is lost.
         """
-        state, labels, context = self._entered(x, y) if self.stage == 1 else self._arrived()
-        state = self.rule.stages[self.stage - 1](state, **context)
+        if self._before:
+            given = self._before.get()
+        else:
+            state, context = self.rule.network.embedded(x)
+            given = Message(state, y, context)
+        state = self.rule.stages[self.stage - 1](given.state, **given.context)
         if self.stage == self.last:
-            return self.rule.network.read(state, context), labels
-        self._hand_on(Message(state, labels, context))
+            return self.rule.network.read(state, given.context), given.labels
+        self._hand_on(Message(state, given.labels, given.context))
         return None
 
     def drain(self) -> None:
@@ -125,15 +131,6 @@ class Worker(Share):
         for link in (self._before, self._next):
             if link is not None:
                 link.close()
-
-    def _entered(self, x: Any, y: Any) -> tuple[Tensor, Any, Context]:
-        state, context = self.rule.network.embedded(x)
-        return state, y, context
-
-    def _arrived(self) -> tuple[Tensor, Any, Context]:
-        assert self._before is not None
-        message = self._before.get()
-        return message.state, message.labels, message.context
 
     def _hand_on(self, message: Message) -> None:
         assert self._next is not None

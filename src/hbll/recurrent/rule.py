@@ -74,7 +74,7 @@ class RecurrentRule(Rule):
         if self.network.every_step:
             if present is not None and (self.loss is cross_entropy or y.is_floating_point()):
                 own = present.view(*expected, *(1,) * (y.ndim - 2))
-                y = torch.where(own, y, 0 if y.is_floating_point() else IGNORED)
+                y = torch.where(own, y, 0) if y.is_floating_point() else torch.where(own, y.long(), IGNORED)
             y = y.transpose(0, 1).contiguous()
         counted = counts(self.loss, y)
         for loss in self.losses_in_time(chunks, y, present, step):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hbll.carry import Carry, map_tensors
 from hbll.cut import Stage
 from hbll.engine import Engine, Evaluation, make_engine
-from hbll.losses import Loss, check_labels, counts, cross_entropy, mean_loss
+from hbll.losses import Loss, check_labels, check_prediction, counts, cross_entropy, mean_loss, takes_known_labels
 from hbll.modes import evaluating
 from hbll.names import check_choice, check_number
 from hbll.network import Chain, Context, check_shape
@@ -343,7 +343,7 @@ class Composed(Rule):
         if x is None and not self.training:
             raise ValueError("what is in flight moves on in training mode: hand a batch over, or call rule.train()")
         batch = None if x is None else Batch.of(self.network, x, y, step)
-        if batch and self.training and not step.look and self.states.label_waits:
+        if batch and self.training and not step.look and self.states.label_waits and takes_known_labels(self.loss):
             self._check_labels(batch)
         targets: Targets = {}
         beside: list[StageLoss] = []
@@ -384,7 +384,7 @@ class Composed(Rule):
             devices = [batch.state.device] if batch.state.device.type == "cuda" else []
             try:
                 with torch.no_grad(), evaluating(self.network), torch.random.fork_rng(devices):
-                    scores = self.network(batch.x)
+                    scores = check_prediction(self.network(batch.x))
             except RuntimeError:  # of which the step itself says better where
                 return
             # Where the head scores tokens, as many of them as the state has may be others in another batch.

@@ -43,7 +43,7 @@ class Labels:
             got = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise ValueError(f"labels are integer classes here, {form} as the head's scores are; got {got}")
         self.y = y
-        self.classes = y.flatten()
+        self.classes = y.flatten().long()
         self.kept: Tensor | None = None
         counts = self.classes != IGNORED
         if not counts.all():

@@ -116,7 +116,13 @@ class LateHead(nn.Module):
         return last_linear(self.head)
 
     def forward(self, state: Tensor, /, **context: Any) -> Tensor:
-        return self.temperature * evaluate(self.head, state, context)
+        scores = evaluate(self.head, state, context)
+        if not isinstance(scores, Tensor):
+            raise ValueError(
+                f"readout='solo' scales what the head returns, which is one tensor; got a {type(scores).__name__}: take "
+                "'spine' or 'head'"
+            )
+        return self.temperature * scores
 
 
 def last_linear(head: nn.Module) -> nn.Linear:
