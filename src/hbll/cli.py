@@ -444,9 +444,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0, 2 after an error of the user's (one sentence on stderr), 130 after Ctrl-C or SIGTERM, 1
     if whoever reads its output has closed it."""
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # lost links are told in a sentence, not by torch's warnings too
+    # What ends processes that train together is told in a sentence; torch would add a page.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     with terminal():
         code = _status(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
     if code:

@@ -76,7 +76,7 @@ def join(seconds: float, backend: Backend | None = None) -> None:
     meeting.start()
     meeting.join(2 * seconds)
     if meeting.is_alive():
-        failed.append(TimeoutError("what listens there does not answer"))
+        failed.append(TimeoutError("there was no answer"))
     if failed:
         raise ValueError(_not_joined(rank, seconds, str(failed[0]))) from failed[0]
 
