@@ -134,3 +134,10 @@ def test_a_training_by_late_gradients_is_resumed():
     rest[1].run(seen[4:], drain=False)
     for name, value in whole[0].state_dict().items():
         assert torch.equal(value, rest[0].state_dict()[name])
+
+
+def test_the_state_of_a_plain_optimizer_is_refused():
+    network, _, _ = residual(4)
+    plain = torch.optim.SGD(network.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="the state is of an optimizer without error feedback"):
+        ErrorFeedback(plain).load_state_dict(plain.state_dict())

@@ -21,6 +21,7 @@ class Digits(ImageRecipe, ChainRecipe):
     name: ClassVar[str] = "digits"
     image: ClassVar[tuple[int, int, int]] = (1, 8, 8)
     threads: ClassVar[int | None] = 1
+    methods: ClassVar[tuple[str, ...]] = ("stream", "greedy", "paper", "bp")
 
     width: int = 64
     """Units of every state."""

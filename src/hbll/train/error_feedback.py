@@ -64,8 +64,10 @@ class ErrorFeedback(Optimizer):
         """Takes up what ``state_dict`` gave.
 
         Raises:
-            ValueError: it is of other parameters.
+            ValueError: it is of other parameters, or of an optimizer without error feedback.
         """
+        if "updates" not in state_dict:
+            raise ValueError("the state is of an optimizer without error feedback")
         self.optimizer.load_state_dict(state_dict)
         self.param_groups = self.optimizer.param_groups
         self.state.clear()
