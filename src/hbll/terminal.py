@@ -39,7 +39,8 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt; while modules are loaded, for which torch would abort the process, a moment later."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            threading.Timer(0.05, signal.raise_signal, [signum]).start()
+            # To the main thread itself: raised in another one, it would not end what this one waits for.
+            threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signum]).start()
             return
         frame = frame.f_back
     raise KeyboardInterrupt
