@@ -135,7 +135,7 @@ def plot(lines: list[dict[str, Any]], file: Path) -> None:
         for i, line in enumerate(runs):
             points = [(point["seconds"], 2.718281828 ** point["held_out"]) for point in line["curve"]]
             axes.plot(*zip(*points, strict=True), color=color, marker=".", label=name[0] if i == 0 else None)
-    axes.set(xlabel="seconds of training", ylabel="held-out perplexity", yscale="log")
+    axes.set(xlabel="seconds of training", ylabel="held-out perplexity")
     axes.legend(frameon=False)
     figure.savefig(file, dpi=150)
 
