@@ -5,7 +5,7 @@ function of a configuration that returns an ``Arm``, or one sentence that says w
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -119,6 +119,20 @@ def repeated(step: Callable[[], None]) -> Callable[[int], None]:
     return run
 
 
+def by_gradients(walk: Callable[[], None], optimizer: torch.optim.Optimizer, network: nn.Module, config: Config) -> Arm:
+    """An arm that walks a batch back into the network's gradients, by which it is checked, and steps."""
+
+    def step() -> None:
+        walk()
+        optimizer.step()
+
+    def check() -> float:
+        walk()
+        return difference(gradients(network), exact_gradients(config), config)
+
+    return Arm(repeated(step), check)
+
+
 def backpropagation(config: Config, threads: int = 1) -> Arm:
     """One process, the first."""
     network = config.network()
@@ -137,11 +151,7 @@ def backpropagation(config: Config, threads: int = 1) -> Arm:
                 optimizer.step()
             torch.set_num_threads(1)
 
-    def check() -> float:
-        walk()
-        return difference(gradients(network), exact_gradients(config), config)
-
-    return Arm(run, check)
+    return replace(by_gradients(walk, optimizer, network, config), run=run)
 
 
 def data_parallel(config: Config) -> Arm | str:
@@ -157,15 +167,7 @@ def data_parallel(config: Config) -> Arm | str:
         optimizer.zero_grad()
         loss_of(wrapped(x), y).backward()
 
-    def step() -> None:
-        walk()
-        optimizer.step()
-
-    def check() -> float:
-        walk()
-        return difference(gradients(network), exact_gradients(config), config)
-
-    return Arm(repeated(step), check)
+    return by_gradients(walk, optimizer, network, config)
 
 
 class Piece(nn.Module):
@@ -217,15 +219,7 @@ def torch_pipeline(config: Config, micros: int, zero_bubble: bool = False) -> Ar
         optimizer.zero_grad()
         schedule.step(*given, **taught, return_outputs=False)
 
-    def step() -> None:
-        walk()
-        optimizer.step()
-
-    def check() -> float:
-        walk()
-        return difference(gradients(network), exact_gradients(config), config)
-
-    return Arm(repeated(step), check)
+    return by_gradients(walk, optimizer, network, config)
 
 
 class TwoVersions:

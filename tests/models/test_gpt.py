@@ -4,23 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.networks import assert_equal_gradients, gradients
+from tests.oracles.norm import layer_norm, perturbed
 
 import hbll
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead, KeyValueCache, turned
-
-
-def layer_norm(state, norm):
-    mean = state.mean(-1, keepdim=True)
-    variance = (state - mean).square().mean(-1, keepdim=True)
-    return (state - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
-
-
-def perturbed(module):
-    """Norms and biases away from one and zero."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return module.double()
 
 
 def test_the_embedding_by_hand():
