@@ -24,8 +24,6 @@ import ast
 import itertools
 import math
 import re
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -376,7 +374,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/full_depth"))
-    parser.add_argument("--commit", default=commit(), help="to note, where there is no git")
+    parser.add_argument("--commit", default=ledger.commit(), help="to note, where there is no git")
     options = parser.parse_args()
 
     task = loaded(options, "cpu")  # which makes byte pairs once, for all workers
@@ -403,14 +401,6 @@ def main() -> None:
         with ThreadPoolExecutor(len(studies)) as threads:
             found = [line for study in threads.map(Study.finish, studies) for line in study]
     print(leaderboard.tables(found))
-
-
-def commit() -> str:
-    """The commit at hand; empty where there is no git."""
-    if shutil.which("git") is None:
-        return ""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

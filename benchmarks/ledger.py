@@ -1,8 +1,18 @@
 """Results as lines of JSON in a file, which an interrupted benchmark goes on from, and how they are shown."""
 
 import json
+import shutil
 import statistics
+import subprocess
 from pathlib import Path
+
+
+def commit() -> str:
+    """The commit at hand; empty where there is no git."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def read(file: Path) -> list[dict]:

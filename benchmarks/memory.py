@@ -13,12 +13,12 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ledger
 import torch
 from gate import gate
 from torch import Tensor, nn
@@ -175,10 +175,9 @@ def plot(rows: list[Row], file: str) -> None:
 
 def machine() -> str:
     """What this was measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     threads = f"{torch.get_num_threads()} threads"
-    return f"{name}, {threads}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit.strip() or '?'}"
+    return f"{name}, {threads}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {ledger.commit() or '?'}"
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -335,10 +334,9 @@ def share(priced: Priced, alone: bool = False) -> float:
 
 def header() -> str:
     """What this was measured on, and how."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     machine = gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    what = f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit.strip() or '?'}"
+    what = f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {ledger.commit() or '?'}"
     return f"{what}\n`python {shlex.join(sys.argv)}`"
 
 

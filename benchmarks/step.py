@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -158,10 +157,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the rows, a JSON object a line")
     options = parser.parse_args()
     gate(["bp", "stream", "paper"])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     what = {key: getattr(options, key) for key in ("width", "blocks", "batch", "context")}
     what |= {"device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()}
-    what |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "commit": commit}
+    what |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "commit": ledger.commit()}
     print(json.dumps(what), flush=True)
     print("| | ms a step | bp = 1 | peak MiB | first step, s |\n|---|---|---|---|---|", flush=True)
     losses: dict[str, float] = {}

@@ -10,7 +10,6 @@ alike. NUMBA_NUM_THREADS and OMP_NUM_THREADS set the threads of the engines and 
 import argparse
 import os
 import platform
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
+import ledger
 import numpy as np
 from gate import gate
 from numpy.typing import NDArray
@@ -338,12 +338,10 @@ def header(arguments: list[str]) -> Iterator[str]:
         if Path("/proc/cpuinfo").exists()
         else platform.processor()
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     blas = {(info["internal_api"], info["num_threads"]) for info in threadpool_info() if info["user_api"] == "blas"}
     yield "# hbll.sublinear, measured\n"
-    yield f"- {date.today()}, commit {commit or 'unknown'}, `python benchmarks/sublinear.py {' '.join(arguments)}`".replace(
+    commit = ledger.commit() or "unknown"
+    yield f"- {date.today()}, commit {commit}, `python benchmarks/sublinear.py {' '.join(arguments)}`".replace(
         " `", " `"
     )
     yield f"- {cpu}, {os.cpu_count()} cores; engines on {thread_count()} threads, BLAS {sorted(blas)}"

@@ -1,6 +1,6 @@
 """Accuracy against wall-clock time: stages in two processes, beside backpropagation in one and in two.
 
-    python benchmarks/wallclock.py characters --width 128 --steps 600 --data-dir DATA [--arms ..] [--seeds 0 1] [--plot FILE]
+    python benchmarks/wallclock.py characters --width 128 --steps 600 --data-dir DATA [--arms ..] [--out FILE [--plot FILE]]
 
 A GPT of 7 blocks by Muon with a one-cycle schedule, the same batches in the same order for all, a thread a process (two for
 `bp, two threads`). Held-out loss is taken several times in a run, by the chain put together in the first process, while the
@@ -9,6 +9,7 @@ clock stands still. DDP splits the batch, a stage takes all of it. Needs torch a
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import processes
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gate import gate
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -133,7 +135,7 @@ def plot(lines: list[dict[str, Any]], file: Path) -> None:
         strict=False,
     ):
         for i, line in enumerate(runs):
-            points = [(point["seconds"], 2.718281828 ** point["held_out"]) for point in line["curve"]]
+            points = [(point["seconds"], math.exp(point["held_out"])) for point in line["curve"]]
             axes.plot(*zip(*points, strict=True), color=color, marker=".", label=name[0] if i == 0 else None)
     axes.set(xlabel="seconds of training", ylabel="held-out perplexity")
     axes.legend(frameon=False)
@@ -159,7 +161,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="file for the runs, a JSON object a line")
     parser.add_argument("--plot", type=Path, help="a picture of all runs in --out")
     options = parser.parse_args()
+    if options.plot and not options.out:
+        parser.error("--plot is of the runs in --out: give that too")
     if not processes.launched():
+        gate({name.replace(",", " ").split()[0] for name in options.arms} - {"DDP"} | {"bp"})
         return processes.launch(2)
     processes.join()
     torch.set_num_threads(1)
@@ -170,7 +175,7 @@ def main() -> int:
             print(f"{name}, seed {seed}: {last['seconds']:.1f} s, held-out {last['held_out']:.4f}", flush=True)
             if options.out:
                 ledger.append(options.out, line)
-    if dist.get_rank() == 0 and options.out and options.plot:
+    if dist.get_rank() == 0 and options.plot:
         plot(ledger.read(options.out), options.plot)
     dist.barrier()
     processes.leave()

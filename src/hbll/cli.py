@@ -49,8 +49,8 @@ class TrainOptions(Generic[RecipeT]):
     recipe: RecipeT
 
     method: Annotated[str, tyro.conf.arg(aliases=[ALIASES["method"]])]
-    """The training rule: paper, tree, scan, stream, greedy, pipeline or bp; bll, dgl, predsim, ff, cff or dfa, which give
-    every stage a loss of its own; of recurrent networks hbll, paper, bptt, bptt-fused or deer."""
+    """The training rule: paper, tree, scan, stream, greedy, solo, pipeline, 2bw or bp; bll, dgl, predsim, ff, cff or dfa,
+    which give every stage a loss of its own; of recurrent networks hbll, paper, bptt, bptt-fused or deer."""
 
     seed: int = 0
     """Of the initial weights, the order of the samples and the rule's noise."""
