@@ -106,8 +106,8 @@ class BatchedEngine(LoopEngine):
         self._fall_back = fall_back
         self._kinds = architectures(blocks)
         # Blocks that differ in all their numbers, as by their own, may have a forward that does not read them.
-        self._alike = len(set(self._kinds)) == len(blocks)
-        if self._alike:
+        self._differ = len(set(self._kinds)) == len(blocks)
+        if self._differ:
             self._kinds = architectures(blocks, attributes=False)
         self._modules = [list(block.modules()) for block in blocks]
         self._recorded: dict[tuple, Callable[..., Tensor]] = {}
@@ -159,7 +159,7 @@ class BatchedEngine(LoopEngine):
         if recorded is None:
             names = [name for _, _, name in self._slots[first]]
             blocks = [self.blocks[n - 1] for n in nodes]
-            with self._told_apart(blocks) if self._alike else nullcontext():
+            with self._told_apart(blocks) if self._differ else nullcontext():
                 recorded = record_batched(self.names[first], blocks, names, stacked, (inputs, *beside), form)
             while len(self._recorded) >= RECORDINGS:
                 del self._recorded[next(iter(self._recorded))]

@@ -30,7 +30,8 @@ class StageAudit:
     """
 
     stage: int | str
-    """A stage, or the name of a loss beside them: ``embed`` (credit for the embedded input), ``rim``, ``jumps``."""
+    """A stage, or the name of a loss beside them: ``embed`` (credit for the embedded input), ``rim``, ``jumps``,
+    ``consistency``."""
     reaches: tuple[str, ...]
     """Modules whose parameters receive a gradient from the stage's losses."""
     uses: tuple[str, ...]

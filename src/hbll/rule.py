@@ -49,7 +49,8 @@ class StageLoss:
     """What a rule yields."""
 
     stage: int | str | tuple[int, ...]
-    """1..S, several where they were evaluated in one graph; ``embed``, ``rim``, ``jumps`` for what is beside the stages."""
+    """1..S, several where they were evaluated in one graph; ``embed``, ``rim``, ``jumps``, ``consistency`` for what is
+    beside the stages."""
 
     value: Tensor
     """A scalar; its graph reaches the stage, and what the stage's credit led through."""
@@ -391,6 +392,7 @@ class Rule(nn.Module, ABC):
         Raises:
             ValueError: as ``stage_losses``.
         """
+        self._renew()
         step = Step(scale=scale)
         walk_back(self.stage_losses(stage, given, step, hand_on), step)
         return step

@@ -115,9 +115,10 @@ def make_plan(costs: Costs, batch: int, devices: int, network: Network, memory: 
 
 
 def _choice(build: Callable[[Network], Priced], network: Network, memory: float | None) -> Choice:
-    cost = estimate(build(network), network)
-    free = Network()
-    return Choice(cost, memory is None or cost.memory <= memory, step_seconds(build(free), free))
+    priced, free = build(network), Network()
+    cost = estimate(priced, network)
+    unlinked = build(free) if priced.reduced else priced  # whose messages are priced as operations
+    return Choice(cost, memory is None or cost.memory <= memory, step_seconds(unlinked, free))
 
 
 def _micro_batches(batch: int, devices: int) -> list[int]:

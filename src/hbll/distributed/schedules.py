@@ -147,6 +147,7 @@ def subtrees(owners: Sequence[int], posterior: bool, steps: int = 1) -> Schedule
     """
     tree = Tree(len(owners) + 1)
     devices: list[list[Op]] = [[] for _ in range(max(owners) + 1)]
+    owner = [0, *owners, len(devices) - 1]  # of the embedded input, the blocks, the head
     needs: dict[Op, tuple[Op, ...]] = {}
     for step in range(steps):
 
@@ -164,10 +165,7 @@ def subtrees(owners: Sequence[int], posterior: bool, steps: int = 1) -> Schedule
                 needs[op("W", n)] = (op("T", n),)
             for kind in "FETW":
                 for n in level:
-                    right = tree.right(n)
-                    owner = owners[right - 1] if kind == "E" and right <= len(owners) else None
-                    owner = len(devices) - 1 if kind == "E" and owner is None else owner
-                    devices[owners[n - 1] if owner is None else owner].append(op(kind, n))
+                    devices[owner[tree.right(n) if kind == "E" else n]].append(op(kind, n))
         for device, ops in enumerate(devices):
             ops.append(Op("U", device, 0, step))
         # The gradients of the embedded input gather at the embed's owner.

@@ -51,8 +51,6 @@ class Share:
         self.owned = owned
         self.stages = owned[self.place]
         """The stages of this process."""
-        self.steps = 0
-        """Batches that have been learned from."""
         self.module = nn.ModuleList(_modules(rule, self.stages))
         """What the process owns."""
         _let_go(rule, owned, self.place)
@@ -69,14 +67,18 @@ class Share:
 
     def carry(self) -> dict[str, Any]:
         """What is kept from one epoch to the next, once the process is drained; the same in all replicas."""
-        return {"steps": self.steps}
+        return {}
 
     def load_carry(self, state: Mapping[str, Any]) -> None:
         """Takes up what ``carry`` gave."""
-        self.steps = state["steps"]
 
     def close(self) -> None:
         """Ends what connects the processes."""
+
+    def finish(self) -> None:
+        """Ends the training: ``drain`` and ``close``."""
+        self.drain()
+        self.close()
 
     @torch.no_grad()
     def gather(self) -> None:

@@ -7,6 +7,7 @@ are there. Results cross from device to device as messages that nobody waits for
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 from typing import NamedTuple, TypeAlias
 
@@ -36,7 +37,7 @@ class Schedule:
     """Operations whose results an operation needs, those of other devices among them; none where it is not named."""
     steps: int = 1
 
-    @property
+    @cached_property
     def owner(self) -> dict[Op, int]:
         """The device of every operation."""
         return {op: device for device, ops in enumerate(self.devices) for op in ops}

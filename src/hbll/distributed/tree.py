@@ -206,7 +206,6 @@ class TreeWorker(Share):
         step = Step(scale=scale)
         walk_back(self._losses(x, y, step), step)
         self._average()
-        self.steps += 1
         return step
 
     @torch.no_grad()
@@ -228,9 +227,6 @@ class TreeWorker(Share):
             return self.rule.network.read(state, context), y
         self._exchange([after], lambda _: Message(state, None, context))
         return None
-
-    def finish(self) -> None:
-        """Ends the training; between steps nothing is under way, so there is nothing to do."""
 
     def _losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
         cut, states, credit = self._cut, self._states, self._credit

@@ -85,7 +85,6 @@ class Worker(Share):
         given = self._before.get() if self._before else Message(x, y, {})
         step = self.rule.stage_backward(self.stage, given, self._hand_on, scale)
         self._average()
-        self.steps += 1
         self._clock += 1
         return step
 
@@ -115,17 +114,11 @@ class Worker(Share):
         self._clock += self.last - 1
 
     def carry(self) -> dict[str, Any]:
-        return {**super().carry(), "clock": self._clock}
+        return {"clock": self._clock}
 
     def load_carry(self, state: Mapping[str, Any]) -> None:
-        super().load_carry(state)
         self._clock = state["clock"]
         self._refreshed = max(0, self._clock - 1)
-
-    def finish(self) -> None:
-        """Ends the training: ``drain`` and ``close``."""
-        self.drain()
-        self.close()
 
     def close(self) -> None:
         for link in (self._before, self._next):

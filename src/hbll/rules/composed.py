@@ -312,11 +312,12 @@ class Composed(Rule):
         if states.pipelined and not credit.takes_pipelined:
             raise ValueError(
                 f"{type(states).__name__} hold a mini-batch for every stage, which {type(credit).__name__} cannot answer: "
-                "take a spine, or late credit"
+                "take readouts, or late credit"
             )
         self.rim = rim
         self.choice: EngineChoice = engine
         self._evaluated: Cut | None = None
+        self._apart: Cut | None = None
         self._scored: tuple[int, torch.Size] | None = None
         self.states = states
         self.credit = credit
@@ -333,7 +334,10 @@ class Composed(Rule):
     @property
     def apart(self) -> Cut:
         """The stages, each to be evaluated by itself."""
-        return Cut.of(self.network, self.stages, "loop", self.credit.pulls_back)
+        stages = self.stages
+        if self._apart is None or self._apart.stages is not stages:
+            self._apart = Cut.of(self.network, stages, "loop", self.credit.pulls_back)
+        return self._apart
 
     def losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
         # Where a step is only looked at, a stacked call would connect every loss of a front with every stage of it.
@@ -410,7 +414,7 @@ class Composed(Rule):
         return {**self.states.carries(), **self.credit.carries()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_evaluated": None}
+        return {**super().__getstate__(), "_evaluated": None, "_apart": None}
 
 
 def _together(losses: Iterable[StageLoss]) -> Iterator[StageLoss]:

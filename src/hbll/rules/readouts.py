@@ -102,7 +102,6 @@ class LateHead(nn.Module):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        last_linear(head)
         self.head = copy.deepcopy(head)
         linear = self.linear
         self.temperature = nn.Parameter(torch.ones_like(linear.weight[0, 0]))
@@ -190,14 +189,13 @@ def meet(original: nn.Module, copies: Sequence[nn.Module], how: Meet) -> None:
         ValueError: they have no longer the same parameters.
     """
     agreed = vector(original)
-    values = [vector(module) for module in copies]
-    if any(len(value) != len(agreed) for value in values):
+    if any(sum(tensor.numel() for tensor in _numbers(module)) != len(agreed) for module in copies):
         raise ValueError(
             "a module has other parameters than its copies in readouts: it was changed after the rule was made, so make the "
             "rule anew"
         )
     if how == "mean":
-        agreed = mean(values, agreed)
+        agreed = mean([vector(module) for module in copies], agreed)
         load_vector(original, agreed)
     for module in copies:
         load_vector(module, agreed)

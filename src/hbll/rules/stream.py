@@ -120,7 +120,7 @@ class ReadoutCredit(Credit):
         self.depth = depth
         self.share = share
         self.readouts = nn.ModuleList(own)
-        self._ways: tuple[Cut, _Ways] | None = None
+        self._ways: dict[EngineChoice, tuple[Cut, _Ways]] = {}  # of stages as they train, and each by itself
 
     def losses(self, fronts: Iterator[Front], cut: Cut, targets: Targets, step: Step) -> Iterator[StageLoss]:
         lucky: tuple[int, ...] | None = None
@@ -186,9 +186,10 @@ class ReadoutCredit(Credit):
 
     def ways(self, cut: Cut) -> "_Ways":
         """What the stages' outputs pass."""
-        if self._ways is None or self._ways[0] is not cut:
-            self._ways = cut, self._own_ways(cut) if self.own else self._shared_ways(cut)
-        return self._ways[1]
+        known = self._ways.get(cut.choice)
+        if known is None or known[0] is not cut:
+            known = self._ways[cut.choice] = cut, self._own_ways(cut) if self.own else self._shared_ways(cut)
+        return known[1]
 
     def _shared_ways(self, cut: Cut) -> "_Ways":
         blocks, engine = cut.network.blocks, cut.engine
@@ -219,7 +220,7 @@ class ReadoutCredit(Credit):
         return [self.own[stage - 1]] if stage <= len(self.own) else []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ways": None}
+        return {**self.__dict__, "_ways": {}}
 
 
 class _Ways(NamedTuple):

@@ -22,7 +22,7 @@ from hbll.train.hold import held
 from hbll.train.interrupt import deferred_interrupt
 from hbll.train.metrics import Metrics
 from hbll.train.optimizers import make_optimizers
-from hbll.train.run import Run, check_free, check_same, open_run
+from hbll.train.run import Run, check_folder
 from hbll.train.schedule import scheduler
 
 DIAGNOSED_SAMPLES = 256
@@ -55,18 +55,12 @@ def train(
         Interrupted: Ctrl-C was pressed, or SIGTERM sent; the run was saved after the step under way.
     """
 
-    def check_folder() -> None:
-        if resume:
-            check_same(open_run(run.folder), run)
-        else:
-            check_free(run.folder)
-
-    check_folder()
+    check_folder(run, resume)
     splits = run.recipe.splits(run.data_dir).to(device())
     vocabulary = run.recipe.vocabulary(run.data_dir)
     training = Training(run, splits.train)
     with held(run.folder), deferred_interrupt() as interrupted:
-        check_folder()  # again: another process may have come first
+        check_folder(run, resume)  # again: another process may have come first
         if resume:
             metrics.cut(run.metrics_file, *training.restore())
         else:

@@ -41,7 +41,7 @@ from hbll.train.interrupt import deferred_interrupt
 from hbll.train.loop import Sums, is_best
 from hbll.train.metrics import Metrics
 from hbll.train.optimizers import make_optimizers
-from hbll.train.run import Parallel, Run, check_free, check_same, open_run
+from hbll.train.run import Parallel, Run, check_folder
 from hbll.train.schedule import scheduler
 
 
@@ -102,14 +102,6 @@ def apart(recipe: Recipe, method: str, parallel: Parallel) -> Recipe:
     if parallel == "stages" and method == "stream" and isinstance(recipe, ChainRecipe) and recipe.readout != "solo":
         return replace(recipe, copies=True)
     return recipe
-
-
-def check_folder(run: Run, resume: bool) -> None:
-    """ValueError unless the folder holds the run to go on with, or is free for a new one."""
-    if resume:
-        check_same(open_run(run.folder), run)
-    else:
-        check_free(run.folder)
 
 
 @dataclass(frozen=True)

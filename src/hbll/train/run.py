@@ -210,3 +210,11 @@ def check_same(stored: Run, wanted: Run) -> None:
                 f"{stored.folder} was trained with {flag(option)} {before[option]}, not {value}: "
                 "a run is resumed as it was begun; start another with another --run-dir"
             )
+
+
+def check_folder(run: Run, resume: bool) -> None:
+    """ValueError unless the folder holds the run to go on with, or is free for a new one."""
+    if resume:
+        check_same(open_run(run.folder), run)
+    else:
+        check_free(run.folder)
