@@ -419,17 +419,11 @@ class TestFiles:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("TreeNetwork", "hbll.Chain"), ("Objective", "hbll.make_rule"), ("cuts", "hbll.cut"), ("methods", "hbll.rules")],
+    [("TreeNetwork", "hbll.Chain"), ("Objective", "hbll.make_rule")],
 )
 def test_former_names_say_the_new_ones(name, said):
     with pytest.raises(ImportError, match=f"^hbll.{name} is now .*{said}"):
         getattr(hbll, name)
-
-
-@pytest.mark.parametrize(("module", "said"), [("hbll.cuts", "hbll.Chain"), ("hbll.methods", "hbll.make_rule")])
-def test_former_modules_say_the_new_ones(module, said):
-    with pytest.raises(ImportError, match=said):
-        __import__(module)
 
 
 @pytest.mark.parametrize("path", [2.0, True, (1, 2.0), {1}])

@@ -28,14 +28,12 @@ _MODULES = {
     "part": "adapt",
 }
 
-_ROOMS = ("cut", "exits", "generate", "models", "recurrent", "rules", "train")
+_ROOMS = ("cut", "distributed", "exits", "generate", "models", "recurrent", "rules", "train")
 """Modules with functions of their own that are reached by their names: ``hbll.train.fit``."""
 
 _FORMER = {
     "TreeNetwork": "hbll.Chain",
     "Objective": "hbll.make_rule(name, network, ...), which owns its network",
-    "cuts": "hbll.Chain and hbll.cut",
-    "methods": "hbll.make_rule and hbll.rules",
 }
 """Names that whoever knew an earlier version may look for."""
 
