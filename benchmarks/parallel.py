@@ -39,6 +39,7 @@ from arms import ARMS, Arm, Config
 from torch import Tensor
 
 from hbll.distributed.cost import (
+    SCHEMES,
     Costs,
     Estimate,
     Priced,
@@ -208,24 +209,26 @@ def rivals_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-Scheme = Callable[[int, int], Priced]
-"""Of blocks and devices."""
+Scheme = Callable[[int, int, int | None], Priced]
+"""Of blocks, devices, and the steps after which copies are refreshed."""
 
 EMULATED: dict[str, Scheme] = {
-    "bp": lambda blocks, devices: by_pipeline(equal(blocks), 1, devices, 1),
-    "stream": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices),
-    "stream, one jump": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, "last"),
-    "greedy": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, "head"),
-    "solo": lambda blocks, devices: by_local_stages(equal(blocks), 1, devices, "solo"),
-    "1F1B": lambda blocks, devices: by_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
-    "ZBV": lambda blocks, devices: by_zero_bubble(equal(blocks), 2 * devices, devices, 2 * devices),
-    "2BW": lambda blocks, devices: by_late_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
-    "paper": lambda blocks, devices: by_tree(equal(blocks), 1, devices, posterior=True),
-    "tree": lambda blocks, devices: by_tree(equal(blocks), 1, devices, posterior=False),
+    "bp": lambda blocks, devices, _: by_pipeline(equal(blocks), 1, devices, 1),
+    **{
+        name: lambda blocks, devices, refresh, kind=kind: by_local_stages(
+            equal(blocks), 1, devices, kind, refresh=refresh
+        )
+        for kind, name in SCHEMES.items()
+    },
+    "1F1B": lambda blocks, devices, _: by_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
+    "ZBV": lambda blocks, devices, _: by_zero_bubble(equal(blocks), 2 * devices, devices, 2 * devices),
+    "2BW": lambda blocks, devices, _: by_late_pipeline(equal(blocks), 2 * devices, devices, 2 * devices),
+    "paper": lambda blocks, devices, _: by_tree(equal(blocks), 1, devices, posterior=True),
+    "tree": lambda blocks, devices, _: by_tree(equal(blocks), 1, devices, posterior=False),
 }
 """On a batch that counts as one sample, or as one for each micro-batch."""
 
-BY_WORKERS = ("stream", "stream, one jump", "greedy", "solo")
+BY_WORKERS = tuple(SCHEMES.values())
 """Those that are emulated by ``hbll.distributed.Worker`` with blocks that sleep; of the others the schedule's operations."""
 
 
@@ -235,7 +238,7 @@ def emulate(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     rows = []
     for name in options.schemes:
-        priced = EMULATED[name](options.blocks * world, world)
+        priced = EMULATED[name](options.blocks * world, world, options.refresh)
         steps, micros = priced.schedule.steps, priced.micros
 
         def seconds(op: Op, priced: Priced = priced) -> float:
@@ -243,8 +246,10 @@ def emulate(options: argparse.Namespace) -> None:
 
         dist.barrier()
         if name in BY_WORKERS:
-            each = options.block_seconds
-            times = sleeping.train(name, priced.sizes, each, options.state_bytes, steps, options.refresh)
+            # The pipeline must be full, with its first stage at work, to the end of the steps that count.
+            more, each = steps + world, options.block_seconds
+            times = sleeping.train(name, priced.sizes, each, options.state_bytes, more, options.refresh)
+            times = {op: span for op, span in times.items() if op.step < steps}
         else:
             times = by_schedule(priced, rank, seconds, options.state_bytes // micros)
         found = period(processes.gathered(times, world), steps)

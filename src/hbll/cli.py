@@ -404,9 +404,10 @@ def plan(arguments: Sequence[str]) -> None:
     costs = recipe_costs(options.recipe, options.data_dir)
     network = Network(options.mbit * 1e6 / 8 or float("inf"), options.delay_ms / 1e3)
     memory = None if options.memory_mib is None else options.memory_mib * 2**20
-    found = planning.make_plan(costs, options.recipe.batch_size, options.devices, network, memory)
+    batch, refresh = options.recipe.batch_size, options.recipe.refresh
+    found = planning.make_plan(costs, batch, options.devices, network, memory, refresh)
     each = -(-len(costs.blocks) // options.devices)
-    curves = dict(planning.growth(costs, options.recipe.batch_size, network, each, GROWN))
+    curves = dict(planning.growth(costs, batch, network, each, GROWN, refresh))
     page = options.plot or RUNS / f"{recipe.name}-plan-{_now()}.svg"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(page, growing(curves))

@@ -5,6 +5,7 @@ from itertools import combinations, pairwise
 
 import pytest
 from tests import networks
+from tests.launching import launched
 
 import hbll
 from hbll.distributed.cost import (
@@ -21,6 +22,7 @@ from hbll.distributed.cost import (
     by_zero_bubble,
     equal,
     estimate,
+    sent,
     step_seconds,
 )
 from hbll.distributed.simulate import Network
@@ -170,6 +172,109 @@ def test_messages_of_a_tree_of_three_blocks_on_three_devices():
     """z_0 to node 2, its prior to the head, the gradient back; node 1's prior to block 2, the gradient back; the boundary of
     node 2 to node 3; the gradient of z_0 from node 2."""
     assert estimate(by_tree(equal(3), 1, 3, posterior=True), FREE).messages == 7
+
+
+@pytest.mark.parametrize("refresh", [1, 2, 5])
+def test_a_refresh_makes_an_earlier_stage_wait_for_a_round_trip(refresh):
+    """Of the slower of two stages: its copy of the head goes there, the mean comes back."""
+    costs, late = network_costs(), Network(bandwidth=10.0, delay=3.0)
+    priced = by_local_stages(costs, 1, 2, "head", refresh=refresh)
+    assert priced.sizes == (4, 4)
+    slower = 3 * 4 + 0.01 * (8 + 4 * 100 + 16)
+    assert step_seconds(by_local_stages(costs, 1, 2, "head"), late) == pytest.approx(slower)
+    assert step_seconds(priced, late) == pytest.approx(slower + 2 * (3 + 16 / 10) / refresh)
+
+
+@pytest.mark.parametrize("delay", [3.0, 30.0])
+def test_a_solo_readout_waits_for_nobody_but_the_head(delay):
+    """Whose owner sends it and goes on: what then takes long is the way from there to the first stage, through two whole
+    steps of it and a third forward evaluation, whose state goes to the last step of the owner before the next meeting."""
+    costs, late = network_costs(), Network(delay=delay)
+    found = step_seconds(by_local_stages(costs, 1, 2, "solo", refresh=4, sizes=(3, 5)), late)
+    first = 3 * (3 + 2) + 0.01 * (8 + 5 * 100 + 16)
+    last = 3 * 5 - 1 + 0.01 * (5 * 100 + 16)
+    assert found == pytest.approx(max(first, (delay + 2 * first + 3 + delay + last) / 4))
+
+
+@pytest.mark.parametrize("devices", [2, 4, 7])
+@pytest.mark.parametrize("readout", ["spine", "last", "head", "solo"])
+def test_refreshing_costs_nothing_on_a_free_network(readout, devices):
+    never, often = (by_local_stages(equal(15), 1, devices, readout, refresh=refresh) for refresh in (None, 2))
+    assert step_seconds(often, FREE) == pytest.approx(step_seconds(never, FREE))
+    assert (estimate(often, FREE).work, estimate(often, FREE).span) == (
+        estimate(never, FREE).work,
+        estimate(never, FREE).span,
+    )
+
+
+def test_messages_and_bytes_of_a_refresh():
+    """The spines of four stages pass 2 and 4, 3 and 4, 4."""
+    never, often = (sent(by_local_stages(network_costs(), 16, 4, refresh=refresh)) for refresh in (None, 5))
+    found = [((b - d) * 5, (a - c) * 5) for (a, b), (c, d) in zip(often, never, strict=True)]
+    head, block = 16, 100
+    expected = [2 * block + head, 2 * block + head + block, block + head + block, 3 * block + 3 * head]
+    assert found == [pytest.approx(pair) for pair in zip(expected, [3, 4, 3, 6], strict=True)]
+
+
+TRAFFIC = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from tests.networks import residual
+import hbll
+from hbll.distributed import Worker
+from hbll.distributed.cost import Costs, Line, Part, by_local_stages, sent
+
+rank, world = int(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+LIMIT = timedelta(minutes=1)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world, timeout=LIMIT)
+really_send, crossed = dist.send, []
+
+
+def send(tensor, *arguments, **options):
+    crossed.append(tensor.nbytes)
+    really_send(tensor, *arguments, **options)
+
+
+dist.send = send
+STEPS, SIZES = 6, (1, 2, 1, 3)
+for name, kind, options in (
+    ("stream", "spine", {"copies": True}),
+    ("stream", "last", {"copies": True, "spine": "last"}),
+    ("greedy", "head", {}),
+    ("solo", "solo", {}),
+):
+    for refresh in (1, 3):
+        network, x, y = residual(8)
+        line = Line(0.0, 1.0)
+        embed, *blocks, head = (
+            Part(line, line, line, parameters=sum(p.nbytes for p in module.parameters()), state=x.shape[-1])
+            for module in (network.embed, *network.blocks, network.head)
+        )
+        costs = Costs(embed, tuple(blocks), head)
+        rule = hbll.make_rule(name, network, stage=SIZES, engine="loop", refresh=refresh, **options)
+        worker = Worker(rule)
+        crossed.clear()
+        for _ in range(STEPS):
+            worker.backward(x, y)
+        worker.drain()
+        meetings = (STEPS + world - 2) // refresh  # of the clock that all stages share
+        often, never = (sent(by_local_stages(costs, 4, 4, kind, refresh=r, sizes=SIZES))[rank] for r in (refresh, None))
+        expected = [meetings * refresh * (a - b) for a, b in zip(often, never)]
+        found = [len(crossed), sum(crossed)]
+        assert all(abs(a - b) < 1e-6 for a, b in zip(found, expected)), (name, kind, refresh, rank, found, expected)
+        dist.barrier()
+        worker.close()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_what_a_refresh_sends_is_what_workers_send(tmp_path):
+    codes, said = launched(TRAFFIC, 4, path=tmp_path)
+    assert codes == [0] * 4, "\n".join(said)
 
 
 def test_memory_of_the_fullest_device():

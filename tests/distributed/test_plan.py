@@ -54,6 +54,17 @@ def test_a_narrow_link_is_what_gradients_wait_for():
     assert any("DDP" in said and "waits 800 for messages" in said for said in reasons(plan))
 
 
+def test_refreshes_are_counted_in():
+    """Two round trips of 2 x 3 in turn, those of a block's copy and of the head's, every four steps."""
+    never, often = (make_plan(heavy(15), 16, 2, Network(delay=3.0), refresh=refresh) for refresh in (None, 4))
+    found = [{c.cost.scheme: c for c in plan.choices}["stream"].cost for plan in (never, often)]
+    assert found[1].seconds == pytest.approx(found[0].seconds + 2 * 2 * 3.0 / 4)
+    assert (found[0].messages, found[1].messages) == (1, 1 + 2 * 2 / 4)
+    assert found[1].bytes == pytest.approx(found[0].bytes + 1000 / 4)
+    assert "60000 steps of 2 stages are too many" in make_plan(heavy(), 16, 2, FREE, refresh=60000).refused["greedy"]
+    assert "solo" not in dict(growth(heavy(2), 4, FREE, 2, [1, 2], refresh=60000))
+
+
 def test_the_fastest_that_fits_is_taken_and_what_does_not_is_named():
     free = make_plan(heavy(), 16, 2, FREE)
     assert free.best.cost.scheme in ("DDP", "greedy", "2BW", "ZBV")

@@ -4,6 +4,7 @@ The seconds are those of the simulated schedules. Optimizers, heads and embeds a
 beside the tensors, and whatever else runs on a machine, are not.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -26,6 +27,7 @@ from hbll.rules.readouts import spine
 from hbll.tree import Tree
 
 __all__ = [
+    "SCHEMES",
     "Costs",
     "Estimate",
     "Line",
@@ -42,6 +44,7 @@ __all__ = [
     "by_zero_bubble",
     "equal",
     "estimate",
+    "sent",
     "step_seconds",
 ]
 
@@ -167,6 +170,8 @@ class Priced:
     """States that may be under way from one device to the next, or wait there."""
     asked: bool = False
     """Whether messages are asked for no sooner than they are needed."""
+    every: int = 1
+    """Steps after which all is as it was: those from one refresh of copies to the next."""
     reduced: tuple[int, float] | None = None
     """Messages of all devices, and bytes that each sends, where the schedule is that of one replica among others: its
     operations ``R`` are priced as messages, and what it shows crosses no network."""
@@ -184,14 +189,14 @@ class Estimate:
     seconds: float
     """Of a step among many."""
     alone: float
-    """Of a step by itself, from its first operation to its last."""
+    """Of a step by itself, from its first operation to its last; where copies are refreshed, of the stages' common clock."""
     busy: float
     """Of these the busiest device computes."""
     work: float
     """Seconds that all devices compute together, without optimizers."""
     span: float
     """Seconds of the longest chain of dependent evaluations in a step, on devices without number."""
-    messages: int
+    messages: float
     """Of all devices."""
     bytes: float
     """Most that a device sends."""
@@ -216,12 +221,8 @@ def estimate(priced: Priced, network: Network) -> Estimate:
     first = [[op for op in ops if op.step == 0] for ops in schedule.devices]
     busy = [sum(map(priced.seconds, ops)) for ops in first]
     computed = [op for ops in first for op in ops if op.kind not in "UR"]
-    sent = {op: to for op, to in messages(schedule).items() if op.step == 0}
-    owner = schedule.owner
-    crossing = [0.0] * len(schedule.devices)
-    for op, to in sent.items():
-        crossing[owner[op]] += priced.size(op) * len(to)
-    count, most = priced.reduced or (sum(map(len, sent.values())), max(crossing))
+    counts, sizes = zip(*sent(priced), strict=True)
+    count, most = priced.reduced or (sum(counts), max(sizes))
     begun = min(timeline[op].start for ops in first for op in ops)
     return Estimate(
         scheme=priced.scheme,
@@ -236,6 +237,16 @@ def estimate(priced: Priced, network: Network) -> Estimate:
         bytes=most,
         memory=max(bytes_ + peak(ops, priced.held) for bytes_, ops in zip(priced.resident, first, strict=False)),
     )
+
+
+def sent(priced: Priced) -> list[tuple[float, float]]:
+    """Messages and bytes that every device sends in a step, the mean over those from one refresh to the next."""
+    owner, found = priced.schedule.owner, [(0.0, 0.0)] * len(priced.schedule.devices)
+    for op, to in messages(priced.schedule).items():
+        if op.step < priced.every:
+            count, size = found[owner[op]]
+            found[owner[op]] = count + len(to) / priced.every, size + len(to) * priced.size(op) / priced.every
+    return found
 
 
 def by_backpropagation(costs: Costs, batch: int) -> Priced:
@@ -338,20 +349,25 @@ def by_local_stages(
     readout: ReadoutKind = "spine",
     wire: float = 1.0,
     in_flight: int = 2,
+    refresh: int | None = None,
+    sizes: tuple[int, ...] | None = None,
 ) -> Priced:
-    """Stages that learn by readouts of their own, which are not refreshed: ``stream``, ``greedy`` or ``solo``.
+    """Stages that learn by readouts of their own: ``stream``, ``greedy`` or ``solo``.
 
     Args:
         readout: the readouts.
         wire: bytes of a state on the wire, of its own: a half in bfloat16.
         in_flight: buffers at either end of a link, as of ``Worker``.
+        refresh: steps after which copies and originals meet, and become the mean of both; solo's take the head, all of which
+            is counted. None for never.
+        sizes: blocks of every stage; as ``balanced`` has them unless given.
 
     Raises:
         ValueError: there are fewer blocks than devices, or states change shape and readouts have blocks.
     """
     if readout != "head":
         _check_one_shape(costs)
-    sizes = balanced(costs, devices, batch, readout)
+    sizes = sizes or balanced(costs, devices, batch, readout)
     ends = dict(enumerate(accumulate(sizes), 1))
     copies = [(*_passed(costs, readout, s, devices, ends), costs.head) for s in range(1, devices)] + [()]
     stages = costs.stages(sizes)
@@ -361,10 +377,11 @@ def by_local_stages(
     graphs = [batch * _graph(parts) for parts in both]
     updates = [costs.update * _parameters(parts) for parts in both]
     crossing = [batch * (wire * _output(parts) + costs.labels) for parts in stages[:-1]]
+    meetings = _meetings(costs, readout, devices, ends) if refresh else []
     buffers = [in_flight * (before + after) for before, after in zip([0.0, *crossing], [*crossing, 0.0], strict=True)]
 
     def seconds(op: Op) -> float:
-        return {"F": inner, "B": back, "U": updates}[op.kind][op.stage]
+        return {"F": inner, "B": back, "U": updates}[op.kind][op.stage] if op.kind in "FBU" else 0.0
 
     def chain(op: Op) -> float:
         if op.kind == "B":
@@ -377,15 +394,17 @@ def by_local_stages(
 
     return Priced(
         SCHEMES[readout],
-        schedules.pipelined(devices, LOCAL_STEPS),
+        # Time is taken from the end of one meeting to that of the next.
+        schedules.pipelined(devices, 2 * refresh + 1 if refresh else LOCAL_STEPS, refresh, [m for m, _ in meetings]),
         seconds,
-        lambda op: crossing[op.stage],
+        lambda op: crossing[op.stage] if op.kind == "F" else meetings[op.micro][1],
         chain,
         held,
         [_resident(costs, parts) + room for parts, room in zip(both, buffers, strict=True)],
         sizes,
         across=False,
         in_flight=2 * in_flight,
+        every=refresh or 1,
     )
 
 
@@ -395,13 +414,32 @@ def _passed(costs: Costs, readout: ReadoutKind, stage: int, stages: int, ends: M
     Args:
         ends: how many blocks there are up to the end of each later stage.
     """
-    if readout == "head" or stage == stages:
-        return ()
     if readout == "solo":
-        return costs.blocks[:2]
-    if readout == "last":
-        return costs.blocks[-1:]
-    return [costs.blocks[ends[later] - 1] for later in _spines(stages)[stage - 1]]
+        return costs.blocks[:2] if stage < stages else ()
+    return [costs.blocks[ends[later] - 1] for later in _jumps(readout, stage, stages)]
+
+
+def _jumps(readout: ReadoutKind, stage: int, stages: int) -> tuple[int, ...]:
+    """The stages whose last blocks a readout has copies of."""
+    if readout in ("head", "solo") or stage == stages:
+        return ()
+    return (stages,) if readout == "last" else _spines(stages)[stage - 1]
+
+
+def _meetings(
+    costs: Costs, readout: ReadoutKind, stages: int, ends: Mapping[int, int]
+) -> list[tuple[schedules.Meeting, float]]:
+    """What is refreshed, in the order of the network, with its bytes."""
+    copies: dict[int, list[int]] = defaultdict(list)
+    for stage in range(1, stages):
+        for later in _jumps(readout, stage, stages):
+            copies[later].append(stage - 1)
+    found = [
+        (schedules.Meeting(later - 1, tuple(copies[later])), costs.blocks[ends[later] - 1].parameters)
+        for later in sorted(copies)
+    ]
+    head = schedules.Meeting(stages - 1, tuple(range(stages - 1)), mean=readout != "solo")
+    return [*found, (head, costs.head.parameters)]
 
 
 @cache

@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hbll.distributed.cost import (
+    SCHEMES,
     Costs,
     Estimate,
     Priced,
+    ReadoutKind,
     by_backpropagation,
     by_data,
     by_late_pipeline,
@@ -23,21 +25,37 @@ from hbll.distributed.simulate import Network
 __all__ = ["COLUMNS", "Choice", "Plan", "as_json", "growth", "make_plan", "reasons", "table"]
 
 MOST_OPERATIONS = 2**17
-"""Of a pipeline's step; more micro-batches than they allow for are not tried."""
+"""That are simulated: of a pipeline's step, so that more micro-batches are not tried, or of stages from one refresh of
+copies to the one after the next."""
 
 Build = Callable[[Costs, int, int, int, Network], Priced]
 """Of costs, batch, devices, micro-batches and what connects the devices."""
 
-WHOLE: dict[str, Build] = {
-    "DDP": lambda costs, batch, devices, micros, network: by_data(costs, batch, devices, network),
-    "stream": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices),
-    "stream, one jump": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices, "last"),
-    "greedy": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices, "head"),
-    "solo": lambda costs, batch, devices, micros, network: by_local_stages(costs, batch, devices, "solo"),
-    "paper": lambda costs, batch, devices, micros, network: by_tree(costs, batch, devices, posterior=True),
-    "tree": lambda costs, batch, devices, micros, network: by_tree(costs, batch, devices, posterior=False),
-}
-"""Schemes that do not split a batch any further."""
+
+def whole(refresh: int | None) -> dict[str, Build]:
+    """Schemes that do not split a batch any further.
+
+    Args:
+        refresh: steps after which copies meet their originals; None for never.
+    """
+
+    def local(kind: ReadoutKind) -> Build:
+        def build(costs: Costs, batch: int, devices: int, *_: object) -> Priced:
+            if refresh and 6 * devices * refresh > MOST_OPERATIONS:
+                raise ValueError(
+                    f"{refresh} steps of {devices} stages are too many to simulate from refresh to refresh"
+                )
+            return by_local_stages(costs, batch, devices, kind, refresh=refresh)
+
+        return build
+
+    return {
+        "DDP": lambda costs, batch, devices, micros, network: by_data(costs, batch, devices, network),
+        **{name: local(kind) for kind, name in SCHEMES.items()},
+        "paper": lambda costs, batch, devices, micros, network: by_tree(costs, batch, devices, posterior=True),
+        "tree": lambda costs, batch, devices, micros, network: by_tree(costs, batch, devices, posterior=False),
+    }
+
 
 SPLIT: dict[str, Build] = {
     "1F1B": lambda costs, batch, devices, micros, network: by_pipeline(costs, batch, devices, micros),
@@ -87,7 +105,14 @@ class Plan:
         return min((c for c in (self.alone, *self.choices) if c.fits), key=lambda c: c.cost.seconds, default=None)
 
 
-def make_plan(costs: Costs, batch: int, devices: int, network: Network, memory: float | None = None) -> Plan:
+def make_plan(
+    costs: Costs,
+    batch: int,
+    devices: int,
+    network: Network,
+    memory: float | None = None,
+    refresh: int | None = None,
+) -> Plan:
     """Compares all schemes; those that take micro-batches with as many as are best for them.
 
     Args:
@@ -96,9 +121,10 @@ def make_plan(costs: Costs, batch: int, devices: int, network: Network, memory: 
         devices: how many there are, all alike.
         network: what connects them.
         memory: bytes of a device; None: any.
+        refresh: steps after which copies in readouts meet their originals; None for never.
     """
     choices, refused = [], {}
-    for name, build in (WHOLE | SPLIT).items():
+    for name, build in (whole(refresh) | SPLIT).items():
         found = []
         for micros in _micro_batches(batch, devices) if name in SPLIT else [1]:
             try:
@@ -128,7 +154,7 @@ def _micro_batches(batch: int, devices: int) -> list[int]:
 
 
 def growth(
-    costs: Costs, batch: int, network: Network, blocks: int, devices: Sequence[int]
+    costs: Costs, batch: int, network: Network, blocks: int, devices: Sequence[int], refresh: int | None = None
 ) -> Iterator[tuple[str, list[tuple[int, float]]]]:
     """Seconds a step as a network grows with its devices: for every scheme pairs (N, seconds), N the blocks and the head.
 
@@ -136,8 +162,10 @@ def growth(
         costs: of a network whose blocks are repeated.
         blocks: of every device.
         devices: the numbers of devices.
+        refresh: as of ``make_plan``.
     """
-    for name, build in ({"bp": lambda costs, batch, *_: by_backpropagation(costs, batch)} | WHOLE | SPLIT).items():
+    alone: dict[str, Build] = {"bp": lambda costs, batch, *_: by_backpropagation(costs, batch)}
+    for name, build in (alone | whole(refresh) | SPLIT).items():
         points = list(_grown(build, costs, batch, network, blocks, devices, split=name in SPLIT))
         if points:
             yield name, points
@@ -187,7 +215,7 @@ def table(plan: Plan) -> list[tuple[str, ...]]:
             f"{choice.link:.4g}",
             f"{cost.work / alone.work:.2f}",
             f"{cost.span / alone.span:.2f}",
-            str(cost.messages),
+            f"{cost.messages:g}",
             f"{cost.bytes / 1e6:.2f}",
             f"{cost.memory / 2**20:.1f}",
             "yes" if choice.fits else "no",

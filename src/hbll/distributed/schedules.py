@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from hbll.distributed.simulate import Op, Schedule
 from hbll.tree import Tree
 
-__all__ = ["data_parallel", "one_f_one_b", "pipelined", "subtrees", "zbv"]
+__all__ = ["Meeting", "data_parallel", "one_f_one_b", "pipelined", "subtrees", "zbv"]
 
 
 def one_f_one_b(stages: int, micros: int, steps: int = 1, flush: bool = True) -> Schedule:
@@ -99,19 +100,44 @@ def _flowing(devices: Sequence[tuple[Op, ...]], stages: int, steps: int) -> Sche
     return Schedule(tuple(devices), needs, steps)
 
 
-def pipelined(stages: int, steps: int = 1) -> Schedule:
+class Meeting(NamedTuple):
+    """A module whose copies, in readouts of earlier stages, are refreshed. Stages count from 0."""
+
+    owner: int
+    """The stage that has the original."""
+    copies: tuple[int, ...]
+    mean: bool = True
+    """Whether all become the mean of all, which the owner makes; else the original is sent to the copies."""
+
+
+def pipelined(stages: int, steps: int = 1, refresh: int | None = None, meetings: Sequence[Meeting] = ()) -> Schedule:
     """Stages that learn from their own losses (``stream``, ``greedy``): the output goes on as soon as it is there, then come
-    the readout and the way back, ``B``, to which nobody listens."""
-    devices = tuple(
-        tuple(Op(kind, stage, 0, step) for step in range(steps) for kind in "FBU") for stage in range(stages)
-    )
+    the readout and the way back, ``B``, to which nobody listens.
+
+    Args:
+        refresh: after how many steps there are meetings; None for never. With them a step is one of the stages' common
+            clock, in which a stage works on what the one before it left in the last; in the first all have something.
+        meetings: in their order. Of the m-th, micro-batch m: ``C`` sends a copy, ``M`` makes what all agree on, ``G`` takes it.
+    """
+    devices: list[list[Op]] = [[] for _ in range(stages)]
     needs: dict[Op, tuple[Op, ...]] = {}
-    for op in (op for ops in devices for op in ops):
-        if op.kind == "F" and op.stage > 0:
-            needs[op] = (op._replace(stage=op.stage - 1),)
-        elif op.kind == "B":
-            needs[op] = (op._replace(kind="F"),)
-    return Schedule(devices, needs, steps)
+    for step in range(steps):
+        given_at = step - 1 if refresh else step
+        for stage, ops in enumerate(devices):
+            forward, backward = Op("F", stage, 0, step), Op("B", stage, 0, step)
+            ops += [forward, backward, Op("U", stage, 0, step)]
+            needs[backward] = (forward,)
+            if stage > 0 and given_at >= 0:
+                needs[forward] = (Op("F", stage - 1, 0, given_at),)
+        if refresh and (step + 1) % refresh == 0:
+            for number, (owner, copies, mean) in enumerate(meetings):
+                sent = [Op("C", copy, number, step) for copy in copies] if mean else []
+                agreed = Op("M", owner, number, step)
+                taken = [Op("G", copy, number, step) for copy in copies]
+                needs |= {agreed: tuple(sent), **dict.fromkeys(taken, (agreed,))}
+                for op in (*sent, agreed, *taken):
+                    devices[op.stage].append(op)
+    return Schedule(tuple(map(tuple, devices)), needs, steps)
 
 
 def data_parallel(parts: int, steps: int = 1) -> Schedule:

@@ -52,7 +52,7 @@ class Network:
     delay: float = 0.0
     """Seconds from the end of sending to arrival."""
     in_flight: int | None = None
-    """Messages from one device to another that may wait to be taken; a sender that has reached it goes on when it hears, a
+    """Messages of a kind from one device to another that may wait to be taken; a sender that has reached it goes on when it hears, a
     delay later, that one was. None: any."""
     asked: bool = False
     """Whether a device asks for a message only when it gets to the operation that needs it, so that it leaves no sooner than
@@ -103,7 +103,7 @@ def simulate(
     arrived: dict[tuple[Op, int], float] = {}
     taken: dict[tuple[Op, int], float] = {}
     """When a message was, by the device it went to."""
-    sent: dict[tuple[int, int], list[Op]] = defaultdict(list)
+    sent: dict[tuple[int, int, str], list[Op]] = defaultdict(list)
     free, port, position = ([0.0] * len(schedule.devices), [0.0] * len(schedule.devices), [0] * len(schedule.devices))
     waiting: dict[Op | tuple[Op, int], list[int]] = defaultdict(list)
 
@@ -113,14 +113,14 @@ def simulate(
             if need not in times:
                 return need
         for receiver in receivers.get(op, ()):
-            full = blocking(device, receiver)
+            full = blocking(device, receiver, op.kind)
             if full and full not in taken:
                 return full
         return None
 
-    def blocking(device: int, receiver: int) -> tuple[Op, int] | None:
+    def blocking(device: int, receiver: int, kind: str) -> tuple[Op, int] | None:
         """The message that has to be taken before another may be sent."""
-        before = sent[device, receiver]
+        before = sent[device, receiver, kind]
         if network.in_flight is None or len(before) < network.in_flight:
             return None
         return before[len(before) - network.in_flight], receiver
@@ -141,11 +141,11 @@ def simulate(
         end = free[device] = start + seconds(op)
         times[op] = Span(start, end)
         for receiver in receivers.get(op, ()):
-            full = blocking(device, receiver)
+            full = blocking(device, receiver, op.kind)
             free[device] = max(free[device], taken[full] + network.delay) if full else free[device]
             port[device] = max(free[device], port[device]) + size(op) / network.bandwidth
             arrived[op, receiver] = port[device] + network.delay
-            sent[device, receiver].append(op)
+            sent[device, receiver, op.kind].append(op)
         return [op, *first]
 
     ready = deque(range(len(schedule.devices)))
