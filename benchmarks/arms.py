@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hbll
 from hbll.data.text import CHARACTERS
 from hbll.distributed import Worker, schedules
+from hbll.distributed.cost import SCHEMES, balanced, equal
 from hbll.distributed.diloco import DiLoCo
 from hbll.distributed.simulate import Op
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
@@ -78,13 +79,15 @@ class Arm:
     rare: Callable[[], None] | None = None
     """What is done beside that every ``every`` steps."""
     every: int = 1
+    sizes: tuple[int, ...] = ()
+    """Blocks of the stages that learn by themselves."""
 
 
 Build = Callable[[Config], Arm | str]
 
 
 def loss_of(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output.flatten(0, 1), target.flatten())
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
 def difference(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], config: Config) -> float:
@@ -343,11 +346,17 @@ def diloco(config: Config, every: int) -> Arm | str:
     return Arm(repeated(local), check, outer.meet, every)
 
 
+def local_sizes(blocks: int, stages: int, name: str) -> tuple[int, ...]:
+    """Blocks of the stages of a rule, whose readouts are counted in; all blocks count as alike."""
+    kinds = {scheme: kind for kind, scheme in SCHEMES.items()}
+    return balanced(equal(blocks), stages, 1, kinds[name])
+
+
 def local_stages(config: Config, name: str, wire: torch.dtype | None = None, **options: Any) -> Arm | str:
-    """A stage in every process, which learns by itself; the later ones are the larger, for the others have readouts."""
+    """A stage in every process, which learns by itself."""
     if config.world < 2:
         return "stages need two processes"
-    sizes = sizes_of(config.blocks, config.world)[::-1]
+    sizes = local_sizes(config.blocks, config.world, name)
 
     def rule(states: str) -> hbll.Rule:
         return hbll.make_rule(name, config.network(), stage=sizes, states=states, engine="loop", **options)
@@ -374,7 +383,7 @@ def local_stages(config: Config, name: str, wire: torch.dtype | None = None, **o
         scale = max(gradient.abs().max().item() for gradient in exact.values())
         return max((found[name] - gradient).abs().max().item() for name, gradient in exact.items()) / scale
 
-    return Arm(repeated(step), check)
+    return Arm(repeated(step), check, sizes=sizes)
 
 
 ARMS: dict[str, Build] = {

@@ -2,15 +2,18 @@
 
     python benchmarks/parallel.py rivals --widths 128 256 --batches 1 4 16 [--arms ..] [--out rivals.jsonl]
     python benchmarks/parallel.py rivals --mbit 100 --delay-ms 20    # on each of two hosts, RANK and all else being set
+    python benchmarks/parallel.py table rivals.jsonl
     python benchmarks/parallel.py emulate --block-seconds 0.02 --stages 2 4 8 16 32
     python benchmarks/parallel.py accounting
 
 `rivals` trains a GPT of 7 blocks on batches of 128 characters, in two processes of a thread each, which it starts itself
 unless RANK and WORLD_SIZE are set (torchrun, two hosts). Every way is first checked against plain backpropagation, or the
 same stages in one process, in float64; if one is wrong, there is no table. All are then timed in turn, several rounds, from
-a barrier to the end of the last process; the median round counts. Bytes are those that the network interface sent, of all
-processes; on the loopback whatever else runs on the machine is among them. Beside them is what the simulation makes of the
-costs of the network's parts, measured in the first process alone, and of the link that --mbit and --delay-ms name.
+a barrier to the end of the last process; the median round counts. A timing is a line of --out as soon as it is there, and a
+row is printed with its last round; `table` makes the table of what is in the file. Bytes are those that the network
+interface sent, of all processes; on the loopback whatever else runs on the machine is among them. Beside them is what the
+simulation makes of the costs of the network's parts, measured in the first process alone, and of the link that --mbit and
+--delay-ms name.
 
 `emulate` has processes sleep in place of arithmetic, everything else being as it is, beside the simulation: stages that
 learn by themselves are trained by workers, with their links, copies and refreshes; of the others the schedule's operations
@@ -35,7 +38,8 @@ import processes
 import sleeping
 import torch
 import torch.distributed as dist
-from arms import ARMS, Arm, Config
+from arms import ARMS, Arm, Config, local_sizes
+from leaderboard import groups
 from torch import Tensor
 
 from hbll.distributed.cost import (
@@ -66,20 +70,19 @@ def rivals(options: argparse.Namespace) -> None:
     """The table of seconds a step."""
     rank, world, device = processes.join()
     torch.set_num_threads(1)
-    rows = []
+    for batch in options.batches:
+        gate(Config(GATED, batch, options.blocks, rank=rank, world=world, device=device), options.arms)
+    if rank == 0:
+        print(f"{header()}\nLink: {link_name(options)}; {world} processes.\n\n{RIVALS_HEAD}", flush=True)
     for width in options.widths:
         for batch in options.batches:
-            config = Config(width, batch, options.blocks, rank=rank, world=world, device=device)
-            gate(config, options.arms)
-            rows += compare(config, options)
-    if rank == 0:
-        print(f"{header()}\nLink: {link_name(options)}; {world} processes.\n")
-        print(rivals_table(rows), flush=True)
-        if options.out:
-            for row in rows:
-                ledger.append(options.out, row)
+            compare(Config(width, batch, options.blocks, rank=rank, world=world, device=device), options)
     dist.barrier()
     processes.leave()
+
+
+GATED = 64
+"""The width at which ways are checked: the same code on messages of less time."""
 
 
 def gate(config: Config, names: Sequence[str]) -> None:
@@ -93,31 +96,34 @@ def gate(config: Config, names: Sequence[str]) -> None:
                 raise SystemExit(f"{name} differs from backpropagation by {wrong:.1e} of the largest value: no table")
 
 
-def compare(config: Config, options: argparse.Namespace) -> list[dict]:
-    """A row for each way: seconds of a step, bytes of a step."""
+def compare(config: Config, options: argparse.Namespace) -> None:
+    """Times every way in turn, and notes each timing."""
     predicted = predictions(config, options) if config.rank == 0 else {}
     built = {name: ARMS[name](config) for name in options.arms}
-    found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in built}
+    fixed = {"width": config.width, "batch": config.batch, "blocks": config.blocks, "link": link_name(options)}
+    lines: list[dict] = []
+
+    def note(line: dict, last: bool) -> None:
+        if config.rank == 0:
+            lines.append(line)
+            if options.out:
+                ledger.append(options.out, line)
+            if last:
+                print(rivals_row([other for other in lines if other["arm"] == line["arm"]], base(lines)), flush=True)
+
     for number in range(options.rounds + 1):
         for name, arm in built.items():
-            if isinstance(arm, Arm):
-                each = timed(lambda a=arm: a.run(options.steps), options.steps, config)
-                if arm.rare:
-                    rare = timed(arm.rare, arm.every, config)
-                    both = None if each[1] is None or rare[1] is None else each[1] + rare[1]
-                    each = each[0] + rare[0], both
-                if number:  # the first round warms up
-                    found[name].append(each)
-    rows = []
-    for name, arm in built.items():
-        row = {"arm": name, "width": config.width, "batch": config.batch, "blocks": config.blocks}
-        row |= {"link": link_name(options), "simulated": predicted.get(name)}
-        if isinstance(arm, str):
-            rows.append(row | {"refused": arm})
-        else:
-            seconds, sent = zip(*found[name], strict=True)
-            rows.append(row | {"seconds": statistics.median(seconds), "rounds": seconds, "bytes": sent[-1]})
-    return rows
+            line = {"arm": name, **fixed, "simulated": predicted.get(name)}
+            if isinstance(arm, str):
+                if number == options.rounds:
+                    note(line | {"refused": arm}, last=True)
+                continue
+            seconds, sent = timed(lambda arm=arm: arm.run(options.steps), options.steps, config)
+            if arm.rare:
+                more, rare = timed(arm.rare, arm.every, config)
+                seconds, sent = seconds + more, None if sent is None or rare is None else sent + rare
+            if number:  # the first round warms up
+                note(line | {"sizes": arm.sizes, "seconds": seconds, "bytes": sent}, number == options.rounds)
 
 
 def link_name(options: argparse.Namespace) -> str:
@@ -127,6 +133,11 @@ def link_name(options: argparse.Namespace) -> str:
 def asking(priced: Priced) -> Priced:
     """As torch's pipelines run: a message is asked for when the operation that needs it is next."""
     return replace(priced, asked=True)
+
+
+def cut(costs: Costs, world: int, name: str) -> tuple[int, ...]:
+    """The stages that the arm has."""
+    return local_sizes(len(costs.blocks), world, name)
 
 
 Predict = Callable[[Costs, int, int, Network], Priced]
@@ -146,10 +157,16 @@ PREDICTED: dict[str, Predict] = {
     **{
         f"2BW, m = {m}": lambda costs, batch, world, _, m=m: by_late_pipeline(costs, batch, world, m) for m in (2, 4, 8)
     },
-    "stream": lambda costs, batch, world, _: by_local_stages(costs, batch, world),
-    "stream, bf16 on the link": lambda costs, batch, world, _: by_local_stages(costs, batch, world, wire=0.5),
-    "solo, R = 16": lambda costs, batch, world, _: by_local_stages(costs, batch, world, "solo"),
-    "greedy": lambda costs, batch, world, _: by_local_stages(costs, batch, world, "head"),
+    "stream": lambda costs, batch, world, _: by_local_stages(costs, batch, world, sizes=cut(costs, world, "stream")),
+    "stream, bf16 on the link": lambda costs, batch, world, _: by_local_stages(
+        costs, batch, world, wire=0.5, sizes=cut(costs, world, "stream")
+    ),
+    "solo, R = 16": lambda costs, batch, world, _: by_local_stages(
+        costs, batch, world, "solo", refresh=16, sizes=cut(costs, world, "solo")
+    ),
+    "greedy": lambda costs, batch, world, _: by_local_stages(
+        costs, batch, world, "head", sizes=cut(costs, world, "greedy")
+    ),
 }
 """The arms that the cost model knows."""
 
@@ -188,25 +205,39 @@ def shared_interface() -> bool:
     return os.environ.get("GLOO_SOCKET_IFNAME") == "lo"
 
 
-def rivals_table(rows: Sequence[dict]) -> str:
-    """In Markdown, each row beside one process's backpropagation."""
-    lines = [
-        "| width | batch | | seconds a step | samples a second, bp = 1 | MB a step | simulated s | off |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    alone = {(r["width"], r["batch"]): r["seconds"] for r in rows if r["arm"] == "bp"}
-    for row in rows:
-        start = f"| {row['width']} | {row['batch']} | {row['arm']} |"
-        if "refused" in row:
-            lines.append(f"{start} {row['refused']} | | | | |")
-            continue
-        base = alone.get((row["width"], row["batch"]))
-        ratio = f"{base / row['seconds']:.2f}" if base else ""
-        sent = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}"
-        expected = row["simulated"]
-        model = f"{expected:.4f} | {100 * (expected / row['seconds'] - 1):+.0f} %" if expected else " | "
-        lines.append(f"{start} {row['seconds']:.4f} | {ratio} | {sent} | {model} |")
-    return "\n".join(lines)
+RIVALS_HEAD = """| width | batch | | seconds a step | samples a second, bp = 1 | MB a step | simulated s | off |
+|---|---|---|---|---|---|---|---|"""
+
+
+def base(lines: Sequence[dict]) -> float | None:
+    """Seconds a step of one process's backpropagation, if there are any."""
+    found = [line["seconds"] for line in lines if line["arm"] == "bp"]
+    return statistics.median(found) if found else None
+
+
+def rivals_row(timings: Sequence[dict], alone: float | None) -> str:
+    """One way's row in Markdown, of all its rounds."""
+    first = timings[0]
+    start = f"| {first['width']} | {first['batch']} | {first['arm']}"
+    if "refused" in first:
+        return f"{start} | {first['refused']} | | | | |"
+    seconds, sent = statistics.median(timing["seconds"] for timing in timings), first["bytes"]
+    cut = f" ({', '.join(map(str, first['sizes']))})" if first["sizes"] else ""
+    ratio = f"{alone / seconds:.2f}" if alone else ""
+    carried = "" if sent is None else f"{sent / 1e6:.2f}"
+    expected = first["simulated"]
+    model = f"{expected:.4f} | {100 * (expected / seconds - 1):+.0f} %" if expected else " | "
+    return f"{start}{cut} | {seconds:.4f} | {ratio} | {carried} | {model} |"
+
+
+def table(options: argparse.Namespace) -> None:
+    """Prints the tables of a file's timings, one for each link."""
+    for (link,), lines in groups(ledger.read(options.file), "link").items():
+        print(f"Link: {link}.\n\n{RIVALS_HEAD}")
+        for setting in groups(lines, "blocks", "width", "batch").values():
+            for timings in groups(setting, "arm").values():
+                print(rivals_row(timings, base(setting)))
+        print()
 
 
 Scheme = Callable[[int, int, int | None], Priced]
@@ -360,7 +391,9 @@ def main() -> int:
         "--mbit", type=float, default=0, help="of the link, for the simulation and the table; 0: loopback"
     )
     timing.add_argument("--delay-ms", type=float, default=0, help="of the link, one way")
-    timing.add_argument("--out", type=Path, help="file for the rows, a JSON object a line")
+    timing.add_argument("--out", type=Path, help="file for the timings, a JSON object a line")
+    tables = commands.add_parser("table")
+    tables.add_argument("file", type=Path, help="timings of `rivals`")
     emulation = commands.add_parser("emulate")
     emulation.add_argument(
         "--block-seconds", type=float, default=0.02, help="of a block's forward evaluation of a batch"
@@ -373,8 +406,8 @@ def main() -> int:
     emulation.add_argument("--out", type=Path, help="file for the rows, a JSON object a line")
     commands.add_parser("accounting")
     options = parser.parse_args()
-    if options.command == "accounting":
-        accounting(options)
+    if options.command in ("accounting", "table"):
+        (accounting if options.command == "accounting" else table)(options)
         return 0
     if not processes.launched():
         return start_emulation(options) if options.command == "emulate" else processes.launch(options.processes)

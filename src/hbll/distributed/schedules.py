@@ -117,7 +117,8 @@ def pipelined(stages: int, steps: int = 1, refresh: int | None = None, meetings:
     Args:
         refresh: after how many steps there are meetings; None for never. With them a step is one of the stages' common
             clock, in which a stage works on what the one before it left in the last; in the first all have something.
-        meetings: in their order. Of the m-th, micro-batch m: ``C`` sends a copy, ``M`` makes what all agree on, ``G`` takes it.
+        meetings: in their order. Of the m-th, as of a micro-batch m, ``C`` sends a copy, ``M`` makes what all agree on, and
+            ``G`` takes it.
     """
     devices: list[list[Op]] = [[] for _ in range(stages)]
     needs: dict[Op, tuple[Op, ...]] = {}

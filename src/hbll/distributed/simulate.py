@@ -52,8 +52,8 @@ class Network:
     delay: float = 0.0
     """Seconds from the end of sending to arrival."""
     in_flight: int | None = None
-    """Messages of a kind from one device to another that may wait to be taken; a sender that has reached it goes on when it hears, a
-    delay later, that one was. None: any."""
+    """Messages of a kind from one device to another that may wait to be taken; a sender that has reached it goes on when it
+    hears, a delay later, that one was. None: any."""
     asked: bool = False
     """Whether a device asks for a message only when it gets to the operation that needs it, so that it leaves no sooner than
     the sender hears of that, as it is with torch's pipelines; else room for it has been made before."""
