@@ -377,7 +377,7 @@ def local_stages(config: Config, name: str, wire: torch.dtype | None = None, **o
         """Against the same stages in one process, one after the other."""
         walk()
         alone = rule("chain")
-        alone(x, y).loss.backward()
+        alone.backward(x, y)
         own = nn.ModuleList(alone.own(worker.stage))
         exact, found = gradients(own), gradients(worker.module)
         scale = max(gradient.abs().max().item() for gradient in exact.values())

@@ -1,103 +1,216 @@
-"""Accuracy against wall-clock time: stages in two processes, beside backpropagation in one and in two.
+"""Accuracy against wall-clock time and against samples: stages in two processes, beside backpropagation in one and in two.
 
-    python benchmarks/wallclock.py characters --width 128 --steps 600 --data-dir DATA [--arms ..] [--out FILE [--plot FILE]]
+    python benchmarks/wallclock.py characters --width 128 --steps 1000 --data-dir DATA [--arms ..] [--out FILE [--plot FILE]]
+    python benchmarks/wallclock.py images --data-dir DATA --out FILE
+    python benchmarks/wallclock.py table FILE
 
-A GPT of 7 blocks by Muon with a one-cycle schedule, the same batches in the same order for all, a thread a process (two for
-`bp, two threads`). Held-out loss is taken several times in a run, by the chain put together in the first process, while the
-clock stands still. DDP splits the batch, a stage takes all of it. Needs torch and numpy alone; the plot matplotlib.
+The networks and data of benchmarks/full_depth.py by Muon with a one-cycle schedule, the same batches in the same order for
+all, a thread a process (two for `bp, two threads`). An arm is a rule and its options as there, a stage in each process; or
+`DDP`; `1F1B`, with m=4 micro-batches unless it says another number; `DiLoCo H=50`. Replicas split every batch between them.
+Metrics are of the whole network, put together in the first process (of DiLoCo the mean of the replicas) while the clock
+stands still: loss of texts, accuracy of images. The table says when each arm is first as good, on held-out samples, as
+backpropagation is at its end with the same seed: seconds and samples, linear between two looks.
+
+A run is a line of --out as soon as it ends, and not made again. Needs torch, numpy and safetensors; the plot matplotlib.
 """
 
 import argparse
 import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import full_depth
 import ledger
 import processes
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from arms import Piece, loss_of, sizes_of
 from gate import gate
+from leaderboard import accuracy, groups
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.parallel import DistributedDataParallel
 
 import hbll
 from hbll.distributed import Worker
+from hbll.distributed.diloco import DiLoCo
 from hbll.train import make_optimizers
 
+SETTING = ("task", "blocks", "width", "batch_size", "train_samples", "steps", "rate", "looks")
+"""What runs that are compared have in common."""
 
-class Trained(NamedTuple):
+
+def nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Trained:
     """An arm under way, in one of the processes."""
 
     network: hbll.Chain
-    optimizers: list[torch.optim.Optimizer]
-    parameters: list[nn.Parameter]
+    optimizers: Sequence[torch.optim.Optimizer]
     walk: Callable[[Tensor, Tensor], None]
     """Gradients of a batch."""
-    gather: Callable[[], None]
-    """Puts the weights together in the first process."""
-    finish: Callable[[], None]
+    clip: Callable[[], None]
+    after: Callable[[], None] = nothing
+    """What follows the optimizers' step."""
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    """While it is entered the network of the first process is whole."""
+    finish: Callable[[], None] = nothing
     threads: int = 1
     alone: bool = False
     """Whether the first process trains by itself."""
 
 
-def made(name: str, network: hbll.Chain, rate: float) -> Trained:
-    """An arm by its name."""
-    rule_name, options, _ = full_depth.parsed(name.removesuffix(", two threads"), network)
-    if rule_name == "DDP":
-        rule = hbll.make_rule("bp", network)
-        wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
-        share = slice(dist.get_rank(), None, dist.get_world_size())
+def optimizers_of(rule: hbll.Rule, rate: float, module: nn.Module) -> list[torch.optim.Optimizer]:
+    return make_optimizers(rule, "muon", rate, full_depth.WEIGHT_DECAY, parameters=module.parameters())
 
-        def parallel(x: Tensor, y: Tensor) -> None:
-            F.cross_entropy(wrapped(x[share]).flatten(0, 1), y[share].flatten()).backward()
 
-        walk, optimizers = parallel, make_optimizers(rule, "muon", rate, full_depth.WEIGHT_DECAY)
-        return Trained(network, optimizers, list(network.parameters()), walk, _nothing, _nothing)
-    if rule_name == "bp":
-        rule = hbll.make_rule("bp", network)
+def clipping(module: nn.Module) -> Callable[[], None]:
+    parameters = list(module.parameters())
 
-        def alone(x: Tensor, y: Tensor) -> None:
-            F.cross_entropy(network(x).flatten(0, 1), y.flatten()).backward()
+    def clip() -> None:
+        nn.utils.clip_grad_norm_(parameters, 1.0)
 
-        optimizers = make_optimizers(rule, "muon", rate, full_depth.WEIGHT_DECAY)
-        threads = 2 if name.endswith("two threads") else 1
-        return Trained(network, optimizers, list(network.parameters()), alone, _nothing, _nothing, threads, alone=True)
-    rule = hbll.make_rule(rule_name, network, engine="loop", **options)
-    # Before other stages' weights are let go: what is left of them in the optimizers gets no gradients.
-    optimizers = make_optimizers(rule, "muon", rate, full_depth.WEIGHT_DECAY)
-    worker = Worker(rule)
+    return clip
 
-    def stage(x: Tensor, y: Tensor) -> None:
+
+def backpropagation(network: hbll.Chain, rate: float, threads: int) -> Trained:
+    """In the first process."""
+
+    def walk(x: Tensor, y: Tensor) -> None:
+        loss_of(network(x), y).backward()
+
+    optimizers = optimizers_of(hbll.make_rule("bp", network), rate, network)
+    return Trained(network, optimizers, walk, clipping(network), threads=threads, alone=True)
+
+
+def share() -> slice:
+    """This process's part of a batch."""
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def data_parallel(network: hbll.Chain, rate: float) -> Trained:
+    wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+    def walk(x: Tensor, y: Tensor) -> None:
+        loss_of(wrapped(x[share()]), y[share()]).backward()
+
+    return Trained(network, optimizers_of(hbll.make_rule("bp", network), rate, network), walk, clipping(network))
+
+
+def pipeline(network: hbll.Chain, rate: float, m: int = 4) -> Trained:
+    """1F1B by torch, on m micro-batches; a stage's optimizer has its matrices whole, and gradients are clipped together."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    pieces = [Piece(network, sizes_of(len(network.blocks), world), place) for place in range(world)]
+    own = list(pieces[rank].parameters())
+    stage = PipelineStage(pieces[rank], rank, world, torch.device("cpu"))
+    schedule: Any = Schedule1F1B(stage, m, loss_fn=loss_of)
+
+    def walk(x: Tensor, y: Tensor) -> None:
+        given = [x] if rank == 0 else []
+        taught = {"target": y, "losses": []} if rank == world - 1 else {}
+        schedule.step(*given, **taught, return_outputs=False)
+
+    def clip() -> None:
+        squares = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]) ** 2
+        dist.all_reduce(squares)
+        nn.utils.clip_grads_with_norm_(own, 1.0, squares.sqrt())
+
+    @contextmanager
+    def whole() -> Iterator[None]:
+        for place, piece in enumerate(pieces):
+            for parameter in piece.parameters():
+                dist.broadcast(parameter.detach(), place)
+        yield
+
+    optimizers = optimizers_of(hbll.make_rule("bp", network), rate, pieces[rank])
+    return Trained(network, optimizers, walk, clip, whole=whole)
+
+
+def diloco(network: hbll.Chain, rate: float, H: int) -> Trained:
+    """Replicas that meet every H steps."""
+    parameters = list(network.parameters())
+    outer = DiLoCo(parameters, every=H)
+
+    def walk(x: Tensor, y: Tensor) -> None:
+        loss_of(network(x[share()]), y[share()]).backward()
+
+    @contextmanager
+    def whole() -> Iterator[None]:
+        """The mean of the replicas, which then go on from where they were."""
+        own = [p.detach().clone() for p in parameters]
+        for parameter in parameters:
+            dist.all_reduce(parameter.detach())
+            parameter.detach().div_(dist.get_world_size())
+        yield
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.detach().copy_(value)
+
+    optimizers = optimizers_of(hbll.make_rule("bp", network), rate, network)
+    return Trained(network, optimizers, walk, clipping(network), outer.step, whole)
+
+
+def local_stages(network: hbll.Chain, rate: float, name: str, options: dict[str, Any]) -> Trained:
+    """A stage in every process, which learns by itself."""
+    worker = Worker(hbll.make_rule(name, network, engine="loop", **options))
+
+    @contextmanager
+    def whole() -> Iterator[None]:
+        worker.gather()
+        yield
+
+    def walk(x: Tensor, y: Tensor) -> None:
         worker.backward(x, y)
 
-    return Trained(network, optimizers, list(worker.parameters()), stage, worker.gather, worker.finish)
+    optimizers = optimizers_of(worker.rule, rate, worker.module)
+    return Trained(network, optimizers, walk, clipping(worker.module), whole=whole, finish=worker.finish)
 
 
-def _nothing() -> None:
-    pass
+RIVALS: dict[str, Callable[..., Trained]] = {
+    "bp": partial(backpropagation, threads=1),
+    "DDP": data_parallel,
+    "1F1B": pipeline,
+    "DiLoCo": diloco,
+}
+"""The arms that are not rules in stages."""
+
+THREADS = "bp, two threads"
 
 
-def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One training: its curve of seconds, steps and held-out loss, and the loss on test samples."""
+def made(arm: str, network: hbll.Chain, rate: float) -> Trained:
+    """An arm by its name."""
+    if arm == THREADS:
+        return backpropagation(network, rate, threads=2)
+    name, options, _ = full_depth.parsed(arm, network)
+    if name in RIVALS:
+        return RIVALS[name](network, rate, **options)
+    return local_stages(network, rate, name, options)
+
+
+def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """One training: its curve of steps, seconds and the held-out metric, and the metric on test samples, as a line."""
     task = full_depth.loaded(options, "cpu")
-    torch.manual_seed(seed)
-    arm = made(name, task.network(options.blocks, options.width), options.rate)
-    first = dist.get_rank() == 0
+    torch.manual_seed(job["seed"])
+    arm = made(job["rule"], task.network(job["blocks"], job["width"]), job["rate"])
+    first, steps, looks = dist.get_rank() == 0, job["steps"], job["looks"]
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, options.rate, options.steps, pct_start=0.05, cycle_momentum=False)
+        torch.optim.lr_scheduler.OneCycleLR(o, job["rate"], steps, pct_start=0.05, cycle_momentum=False)
         for o in arm.optimizers
     ]
-    batches = itertools.islice(task.batches(seed, torch.device("cpu")), options.steps)
-    seconds, curve = 0.0, []
-    for look in range(1, options.looks + 1):
-        count = options.steps * look // options.looks - options.steps * (look - 1) // options.looks
-        seen = list(itertools.islice(batches, count))
+    batches = task.batches(job["seed"], torch.device("cpu"))
+    seconds, curve, test = 0.0, [], math.nan
+    ends = [round(steps * look / looks) for look in range(looks + 1)]
+    for begin, end in itertools.pairwise(ends):
+        seen = list(itertools.islice(batches, end - begin))
         dist.barrier()
         began = time.perf_counter()
         if first or not arm.alone:
@@ -106,80 +219,194 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
                 for optimizer in arm.optimizers:
                     optimizer.zero_grad()
                 arm.walk(x, y)
-                nn.utils.clip_grad_norm_(arm.parameters, 1.0)
+                arm.clip()
                 for optimizer, schedule in zip(arm.optimizers, schedules, strict=True):
                     optimizer.step()
                     schedule.step()
+                arm.after()
             torch.set_num_threads(1)
         seconds += processes.largest(time.perf_counter() - began, torch.device("cpu"))
-        arm.gather()
-        if first:
-            torch.set_num_threads(2)
-            held_out = task.measure(arm.network.eval(), "held_out")
-            arm.network.train()
-            torch.set_num_threads(1)
-            curve.append({"step": options.steps * look // options.looks, "seconds": seconds, "held_out": held_out})
-    test = task.measure(arm.network.eval(), "test") if first else None
+        with arm.whole():
+            if first:
+                torch.set_num_threads(2)
+                arm.network.eval()
+                curve.append({"step": end, "seconds": seconds, "held_out": task.measure(arm.network, "held_out")})
+                test = task.measure(arm.network, "test") if end == steps else test
+                arm.network.train()
+                torch.set_num_threads(1)
     arm.finish()
-    return {"rule": name, "seed": seed, "width": options.width, "steps": options.steps, "curve": curve, "test": test}
+    where = {"metric": task.metric, "commit": ledger.commit(), "torch": torch.__version__}
+    return job | where | {"test": test, "curve": curve}
 
 
-def plot(lines: list[dict[str, Any]], file: Path) -> None:
-    """Held-out perplexity against seconds, a line an arm and seed."""
+def reached(line: dict[str, Any], target: float) -> tuple[float, float] | None:
+    """Seconds and steps after which a run is first as good on held-out samples, linear between two looks; at the first look
+    those of the look; None if it never is."""
+    before = None
+    for point in line["curve"]:
+        found = point["held_out"]
+        if found >= target if accuracy(line) else found <= target:
+            if before is None:
+                return point["seconds"], point["step"]
+            part = (target - before["held_out"]) / (found - before["held_out"])
+            seconds, step = (before[key] + part * (point[key] - before[key]) for key in ("seconds", "step"))
+            return seconds, step
+        before = point
+    return None
+
+
+COLUMNS = ("", "seeds", "seconds a step", "held-out", "test", "seconds to bp's held-out", "samples", "bp's seconds = 1")
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """For every setting the arms, with the mean and standard deviation over seeds."""
+    found = []
+    for setting, runs in groups(lines, *SETTING).items():
+        named = dict(zip(SETTING, setting, strict=True))
+        metric = "accuracy, %" if accuracy(runs[0]) else "loss"
+        title = "{task}: {blocks} blocks of width {width}, {steps} steps of {batch_size}, rate {rate:g}".format(**named)
+        exact = {run["seed"]: run for run in runs if run["rule"] == "bp"}
+        rows = [row(arm, exact) for arm in groups(runs, "rule").values()]
+        found.append(
+            "\n".join([f"{title} ({metric})\n", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *rows])
+        )
+    return "\n\n".join(found)
+
+
+def row(runs: Sequence[dict[str, Any]], exact: dict[int, dict[str, Any]]) -> str:
+    """An arm's row.
+
+    Args:
+        exact: backpropagation's runs by seed.
+    """
+    scale, shown = (100, ledger.mean_and_spread) if accuracy(runs[0]) else (1, in_four_places)
+    held_out = [scale * run["curve"][-1]["held_out"] for run in runs]
+    pace = statistics.mean(run["curve"][-1]["seconds"] / run["steps"] for run in runs)
+    cells = [
+        runs[0]["rule"],
+        str(len(runs)),
+        f"{pace:.4f}",
+        shown(held_out),
+        shown([scale * run["test"] for run in runs]),
+    ]
+    beside = [(run, exact[run["seed"]]) for run in runs if run["seed"] in exact]
+    targets = [(run, bp, bp["curve"][-1]["held_out"]) for run, bp in beside]
+    times = [(reached(run, target), reached(bp, target), run["batch_size"]) for run, bp, target in targets]
+    met = [(own, bp, size) for own, bp, size in times if own and bp]
+    if not met:
+        return f"| {' | '.join(cells)} | {'never' if times else '-'} | - | - |"
+    some = "" if len(met) == len(times) else f" ({len(met)} of {len(times)} seeds)"
+    seconds = ledger.mean_and_spread([own[0] for own, _, _ in met])
+    samples = statistics.mean(own[1] * size for own, _, size in met)
+    ratio = ledger.mean_and_spread([own[0] / bp[0] for own, bp, _ in met])
+    return f"| {' | '.join(cells)} | {seconds}{some} | {samples:.0f} | {ratio} |"
+
+
+def in_four_places(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
+def plot(lines: Sequence[dict[str, Any]], file: Path) -> None:
+    """Held-out perplexity or accuracy against seconds and against samples, a line an arm and seed."""
     import matplotlib.pyplot as plt  # an extra, which the plot alone needs
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    for color, (name, runs) in zip(
-        itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]),
-        full_depth.leaderboard.groups(lines, "rule").items(),
-        strict=False,
-    ):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, constrained_layout=True)
+    colors = itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
+    for (name,), runs in groups(lines, "rule").items():
+        color = next(colors)
         for i, line in enumerate(runs):
-            points = [(point["seconds"], math.exp(point["held_out"])) for point in line["curve"]]
-            axes.plot(*zip(*points, strict=True), color=color, marker=".", label=name[0] if i == 0 else None)
-    axes.set(xlabel="seconds of training", ylabel="held-out perplexity")
-    axes.legend(frameon=False)
+            values = [100 * p["held_out"] if accuracy(line) else math.exp(p["held_out"]) for p in line["curve"]]
+            samples = [point["step"] * line["batch_size"] for point in line["curve"]]
+            look = {"color": color, "marker": ".", "label": name if i == 0 else None}
+            left.plot([point["seconds"] for point in line["curve"]], values, **look)
+            right.plot(samples, values, **look)
+    left.set(xlabel="seconds of training", ylabel=f"held-out {'accuracy, %' if accuracy(lines[0]) else 'perplexity'}")
+    right.set(xlabel="samples")
+    right.legend(frameon=False)
     figure.savefig(file, dpi=150)
+
+
+def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs that are asked for."""
+    task = full_depth.TASKS[options.task]
+    setting = {"task": options.task, "blocks": options.blocks, "width": options.width or task.width}
+    setting |= {"batch_size": options.batch_size or task.batch_size, "steps": options.steps, "rate": options.rate}
+    setting |= {"looks": options.looks, "train_samples": options.train_samples if options.task == "images" else None}
+    return [setting | {"rule": arm, "seed": seed} for seed, arm in itertools.product(options.seeds, options.arms)]
+
+
+def missing(lines: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs that are not among the lines."""
+    return [job for job in jobs(options) if not any(job.items() <= line.items() for line in lines)]
+
+
+def report(lines: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    """The table and plot of all runs in the setting that was asked for."""
+    setting = [jobs(options)[0][key] for key in SETTING]
+    alike = [line for line in lines if [line[key] for key in SETTING] == setting]
+    print(table(alike), flush=True)
+    if options.plot:
+        plot(alike, options.plot)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Makes the runs that are missing, in one of the processes."""
+    processes.join()
+    torch.set_num_threads(1)
+    first = dist.get_rank() == 0
+    known = [ledger.read(options.out) if first and options.out else []]
+    dist.broadcast_object_list(known)
+    (lines,) = known
+    for job in missing(lines, options):
+        line = run(job, options)
+        if first:
+            last = line["curve"][-1]
+            print(f"{job['rule']}, seed {job['seed']}: {last['seconds']:.1f} s, {last['held_out']:.4f}", flush=True)
+            lines.append(line)
+            if options.out:
+                ledger.append(options.out, line)
+    if first:
+        report(lines, options)
+    dist.barrier()
+    processes.leave()
+
+
+ARMS = ["bp", THREADS, "DDP", "1F1B", "DiLoCo H=50", "DiLoCo H=500"]
+ARMS += ["stream (3,4) copies", "stream (3,4) copies readout_depth=2", "solo (2,5) refresh=16"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["characters", "subwords", "novels"])
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        default=["bp", "bp, two threads", "DDP", "stream (3,4) copies", "solo (3,4) refresh=16"],
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--blocks", type=int, default=7)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--rate", type=float, default=8e-3)
-    parser.add_argument("--looks", type=int, default=8)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, help="file for the runs, a JSON object a line")
-    parser.add_argument("--plot", type=Path, help="a picture of all runs in --out")
+    commands = parser.add_subparsers(dest="task", required=True)
+    commands.add_parser("table").add_argument("file", type=Path, help="lines of --out")
+    for task in ("characters", "subwords", "novels", "images"):
+        command = commands.add_parser(task)
+        command.add_argument("--arms", nargs="+", default=ARMS)
+        command.add_argument("--seeds", type=int, nargs="+", default=[0])
+        command.add_argument("--blocks", type=int, default=7)
+        command.add_argument("--width", type=int, help="by default that of benchmarks/full_depth.py")
+        command.add_argument("--batch-size", type=int, help="by default 128 images, or 16 texts")
+        command.add_argument("--steps", type=int, default=1000)
+        command.add_argument("--rate", type=float, default=8e-3)
+        command.add_argument("--looks", type=int, default=10, help="at held-out samples during a run")
+        command.add_argument("--train-samples", type=int, default=20000, help="images, 45,000 at most")
+        command.add_argument("--data-dir", type=Path, required=True)
+        command.add_argument("--out", type=Path, help="file for the runs, a JSON object a line")
+        command.add_argument("--plot", type=Path, help="a picture of the runs")
+        command.set_defaults(augment=False)
     options = parser.parse_args()
-    if options.plot and not options.out:
-        parser.error("--plot is of the runs in --out: give that too")
-    if not processes.launched():
-        gate({name.replace(",", " ").split()[0] for name in options.arms} - {"DDP"} | {"bp"})
-        return processes.launch(2)
-    processes.join()
-    torch.set_num_threads(1)
-    for seed, name in itertools.product(options.seeds, options.arms):
-        line = run(name, seed, options)
-        if dist.get_rank() == 0:
-            last = line["curve"][-1]
-            print(f"{name}, seed {seed}: {last['seconds']:.1f} s, held-out {last['held_out']:.4f}", flush=True)
-            if options.out:
-                ledger.append(options.out, line)
-    if dist.get_rank() == 0 and options.plot:
-        plot(ledger.read(options.out), options.plot)
-    dist.barrier()
-    processes.leave()
-    return 0
+    if options.task == "table":
+        print(table(ledger.read(options.file)))
+        return 0
+    if processes.launched():
+        train(options)
+    known = ledger.read(options.out) if options.out else []
+    if not missing(known, options):
+        report(known, options)
+        return 0
+    gate({arm.replace(",", " ").split()[0] for arm in options.arms} - RIVALS.keys() | {"bp"})
+    return processes.launch(2)
 
 
 if __name__ == "__main__":
