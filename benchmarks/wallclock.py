@@ -62,6 +62,8 @@ class Trained:
     clip: Callable[[], None]
     after: Callable[[], None] = nothing
     """What follows the optimizers' step."""
+    drain: Callable[[], None] = nothing
+    """Ends what processes have under way, before they are looked at; the clock runs."""
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     """While it is entered the network of the first process is whole."""
     finish: Callable[[], None] = nothing
@@ -156,7 +158,7 @@ def diloco(network: hbll.Chain, rate: float, H: int) -> Trained:
             parameter.detach().copy_(value)
 
     optimizers = optimizers_of(hbll.make_rule("bp", network), rate, network)
-    return Trained(network, optimizers, walk, clipping(network), outer.step, whole)
+    return Trained(network, optimizers, walk, clipping(network), outer.step, whole=whole)
 
 
 def local_stages(network: hbll.Chain, rate: float, name: str, options: dict[str, Any]) -> Trained:
@@ -172,7 +174,8 @@ def local_stages(network: hbll.Chain, rate: float, name: str, options: dict[str,
         worker.backward(x, y)
 
     optimizers = optimizers_of(worker.rule, rate, worker.module)
-    return Trained(network, optimizers, walk, clipping(worker.module), whole=whole, finish=worker.finish)
+    clip = clipping(worker.module)
+    return Trained(network, optimizers, walk, clip, drain=worker.drain, whole=whole, finish=worker.close)
 
 
 RIVALS: dict[str, Callable[..., Trained]] = {
@@ -224,6 +227,7 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
                     optimizer.step()
                     schedule.step()
                 arm.after()
+            arm.drain()
             torch.set_num_threads(1)
         seconds += processes.largest(time.perf_counter() - began, torch.device("cpu"))
         with arm.whole():
