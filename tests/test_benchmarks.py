@@ -1,7 +1,12 @@
 """What benchmarks share: the gate before them, arms in words, rates that are bracketed, the leaderboard."""
 
 import argparse
+import itertools
+import json
 import math
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -151,3 +156,158 @@ def test_a_run_is_a_line(tmp_path):
     assert len(stream["curve"][0]["cosine"]) == 2
     assert (bp["work"], bp["span"]) == (late["work"], late["span"]) == (6, 4)
     assert torch.tensor([found["peak_mib"] for found in lines]).gt(0).all()
+
+
+def started(script, *arguments):
+    """Runs a benchmark's script, with the arguments; what it printed."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    found = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent / "src"), *sys.path])
+    environment = os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+SCRIPT = """
+import sys
+import processes
+name, *arguments = sys.argv[1:]
+sys.argv = [name, *arguments]
+sys.exit(processes.launch(2))
+"""
+"""Two processes of a benchmark, without the gate before it."""
+
+
+class TestRivals:
+    def test_stages_are_cut_with_their_readouts(self):
+        from arms import local_sizes
+
+        # The first stage of 7 blocks has one block more by stream, two by solo.
+        assert [local_sizes(7, 2, name) for name in ("stream", "solo", "greedy")] == [(3, 4), (2, 5), (3, 4)]
+
+    def test_rows_are_of_the_median_round(self):
+        from parallel import base, rivals_row
+
+        fixed = {"width": 8, "batch": 4, "bytes": 2e6, "simulated": 0.5, "sizes": []}
+        lines = [{"arm": "bp", **fixed, "seconds": seconds} for seconds in (1.0, 2.0, 9.0)]
+        mine = [{"arm": "solo", **fixed, "sizes": [2, 5], "seconds": seconds} for seconds in (0.1, 1.0, 1.2)]
+        assert rivals_row(mine, base(lines)) == "| 8 | 4 | solo (2, 5) | 1.0000 | 2.00 | 2.00 | 0.5000 | -50 % |"
+        assert rivals_row(mine[:1], None) == "| 8 | 4 | solo (2, 5) | 0.1000 |  | 2.00 | 0.5000 | +400 % |"
+        refused = {"arm": "DDP", "width": 8, "batch": 1, "refused": "it cannot"}
+        assert rivals_row([refused], 1.0) == "| 8 | 1 | DDP | it cannot | | | | |"
+
+    def test_a_timing_is_kept_as_soon_as_it_is_there(self, tmp_path):
+        # So many steps that the stages of solo meet in the last one of a round.
+        arms = ["bp", "1F1B, m = 2", "DiLoCo, H = 50", "DDP", "solo, R = 16"]
+        arguments = ["--blocks", 3, "--widths", 64, "--batches", 2, "--steps", 8, "--rounds", 2, "--arms", *arms]
+        said = started(SCRIPT, BENCHMARKS / "parallel.py", "rivals", *arguments, "--out", tmp_path / "lines")
+        lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+        assert [line["arm"] for line in lines] == 2 * arms
+        assert all(line["seconds"] > 0 and line["bytes"] > 0 for line in lines)
+        assert [line["arm"] for line in lines if line["simulated"] is None] == ["DiLoCo, H = 50"] * 2
+        run = [sys.executable, BENCHMARKS / "parallel.py", "table", tmp_path / "lines"]
+        again = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        rows = [row for row in said.splitlines() if row.startswith("| 64 ")]
+        # A row is printed when the others' last round is still to come.
+        cells = [[row.split(" | ")[i] for i in (1, 2, 3, 5)] for row in rows]
+        assert cells == [
+            [row.split(" | ")[i] for i in (1, 2, 3, 5)] for row in again.splitlines() if row.startswith("| 64 ")
+        ]
+
+
+def curve(*held_out):
+    """Looks every 10 steps of 3 seconds."""
+    return [{"step": 10 * k, "seconds": 3.0 * k, "held_out": value} for k, value in enumerate(held_out, 1)]
+
+
+class TestTimes:
+    @pytest.mark.parametrize(
+        ("metric", "looks", "target", "expected"),
+        [
+            ("loss", (4.0, 2.0, 1.0), 3.0, (4.5, 15.0)),
+            ("loss", (4.0, 2.0, 1.0), 1.0, (9.0, 30.0)),
+            ("loss", (4.0, 2.0, 5.0, 1.0), 2.5, (5.25, 17.5)),
+            ("loss", (4.0, 2.0), 4.5, (3.0, 10.0)),
+            ("loss", (4.0, 2.0), 1.9, None),
+            ("loss", (math.nan, math.nan), 1.9, None),
+            ("accuracy", (0.1, 0.5), 0.4, (5.25, 17.5)),
+            ("accuracy", (0.1, 0.5), 0.6, None),
+        ],
+    )
+    def test_the_first_look_that_is_as_good(self, metric, looks, target, expected):
+        from wallclock import reached
+
+        found = reached({"metric": metric, "curve": curve(*looks)}, target)
+        assert found == (None if expected is None else pytest.approx(expected))
+
+    def test_rows_are_beside_backpropagation_of_the_same_seed(self):
+        from wallclock import table
+
+        fixed = {"task": "images", "blocks": 7, "width": 4, "batch_size": 8, "train_samples": 100, "steps": 20}
+        fixed |= {"rate": 0.1, "looks": 2, "metric": "accuracy", "test": 0.25}
+        runs = [("bp", 0, (0.1, 0.3)), ("bp", 1, (0.2, 0.4)), ("late", 0, (0.1, 0.2)), ("late", 1, (0.3, 0.5))]
+        runs += [("never", 0, (0.1, 0.2)), ("alone", 2, (0.9, 0.9))]
+        lines = [fixed | {"rule": rule, "seed": seed, "curve": curve(*looks)} for rule, seed, looks in runs]
+        assert table(lines).splitlines()[4:] == [
+            "| bp | 2 | 0.3000 | 35.00 ± 7.07 | 25.00 ± 0.00 | 6.00 ± 0.00 | 160 | 1.00 ± 0.00 |",
+            "| late | 2 | 0.3000 | 35.00 ± 21.21 | 25.00 ± 0.00 | 4.50 (1 of 2 seeds) | 120 | 0.75 |",
+            "| never | 1 | 0.3000 | 20.00 | 25.00 | never | - | - |",
+            "| alone | 1 | 0.3000 | 90.00 | 25.00 | - | - | - |",
+        ]
+
+    def test_arms_train_what_they_say(self, tmp_path):
+        """DDP and 1F1B are backpropagation; replicas that have never met are two runs on half of each batch, of which the
+        mean is measured. What stands in the file is not made again."""
+        import full_depth
+        from wallclock import SETTING
+
+        from hbll import make_rule
+        from hbll.train import make_optimizers
+
+        (tmp_path / "tinyshakespeare").mkdir()
+        (tmp_path / "tinyshakespeare" / "input.txt").write_text("to be or not to be. " * 400)
+        known = "bp, two threads"
+        arms = ["bp", known, "DDP", "1F1B m=2", "DiLoCo H=99", "solo (1,2) refresh=2", "stream (1,2) copies"]
+        setting = {"blocks": 3, "width": 4, "batch_size": 4, "steps": 4, "rate": 0.01, "looks": 2}
+        stored = {"task": "characters", "train_samples": None, "rule": known, "seed": 0, **setting}
+        stored |= {"metric": "loss", "test": 5.0, "curve": curve(6.0, 5.0)}
+        (tmp_path / "lines").write_text(json.dumps(stored) + "\n")
+        given = [word for key, value in setting.items() for word in (f"--{key.replace('_', '-')}", value)]
+        given += ["--data-dir", tmp_path, "--out", tmp_path / "lines", "--arms", *arms]
+        said = started(SCRIPT, BENCHMARKS / "wallclock.py", "characters", *given)
+        lines = {line["rule"]: line for line in map(json.loads, (tmp_path / "lines").read_text().splitlines())}
+        assert list(lines) == [known, *(arm for arm in arms if arm != known)]
+        assert lines[known] == stored
+        assert f"| {known} | 1 | 1.5000 | 5.0000 | 5.0000 | never | - | - |" in said
+        assert all([line[key] for key in SETTING] == [stored[key] for key in SETTING] for line in lines.values())
+        found = {rule: [point["held_out"] for point in line["curve"]] for rule, line in lines.items()}
+        for rule in ("DDP", "1F1B m=2"):
+            assert found[rule] == pytest.approx(found["bp"], rel=1e-5)
+            assert lines[rule]["test"] == pytest.approx(lines["bp"]["test"], rel=1e-5)
+        assert found["solo (1,2) refresh=2"] != pytest.approx(found["bp"], rel=1e-4)
+
+        options = argparse.Namespace(data_dir=tmp_path, batch_size=4)
+        task = full_depth.Characters(options, torch.device("cpu"))
+        replicas, seen = [], list(itertools.islice(task.batches(0, torch.device("cpu")), 4))
+        for rank in range(2):
+            torch.manual_seed(0)
+            replicas.append(task.network(3, 4))
+            rule = make_rule("bp", replicas[-1])
+            optimizers = make_optimizers(rule, "muon", 0.01, full_depth.WEIGHT_DECAY)
+            rates = [
+                torch.optim.lr_scheduler.OneCycleLR(o, 0.01, 4, pct_start=0.05, cycle_momentum=False)
+                for o in optimizers
+            ]
+            for x, y in seen:
+                rule.zero_grad()
+                torch.nn.functional.cross_entropy(
+                    replicas[-1](x[rank::2]).flatten(0, 1), y[rank::2].flatten()
+                ).backward()
+                torch.nn.utils.clip_grad_norm_(rule.parameters(), 1.0)
+                for optimizer, rate in zip(optimizers, rates, strict=True):
+                    optimizer.step()
+                    rate.step()
+        with torch.no_grad():
+            for p, q in zip(*(replica.parameters() for replica in replicas), strict=True):
+                p.add_(q).div_(2)
+        assert lines["DiLoCo H=99"]["test"] == pytest.approx(task.measure(replicas[0], "test"), rel=1e-5)
