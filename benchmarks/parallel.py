@@ -56,6 +56,7 @@ from hbll.distributed.cost import (
     by_zero_bubble,
     equal,
     estimate,
+    sent,
     step_seconds,
 )
 from hbll.distributed.measure import measured_costs
@@ -112,18 +113,19 @@ def compare(config: Config, options: argparse.Namespace) -> None:
                 print(rivals_row([other for other in lines if other["arm"] == line["arm"]], base(lines)), flush=True)
 
     for number in range(options.rounds + 1):
+        steps = options.steps if number else min(2, options.steps)  # the first round warms up
         for name, arm in built.items():
-            line = {"arm": name, **fixed, "simulated": predicted.get(name)}
+            line = {"arm": name, **fixed, **predicted.get(name, {"simulated": None, "counted": None})}
             if isinstance(arm, str):
                 if number == options.rounds:
                     note(line | {"refused": arm}, last=True)
                 continue
-            seconds, sent = timed(lambda arm=arm: arm.run(options.steps), options.steps, config)
+            seconds, carried = timed(lambda arm=arm, steps=steps: arm.run(steps), steps, config)
             if arm.rare:
                 more, rare = timed(arm.rare, arm.every, config)
-                seconds, sent = seconds + more, None if sent is None or rare is None else sent + rare
-            if number:  # the first round warms up
-                note(line | {"sizes": arm.sizes, "seconds": seconds, "bytes": sent}, number == options.rounds)
+                seconds, carried = seconds + more, None if carried is None or rare is None else carried + rare
+            if number:
+                note(line | {"sizes": arm.sizes, "seconds": seconds, "bytes": carried}, number == options.rounds)
 
 
 def link_name(options: argparse.Namespace) -> str:
@@ -171,8 +173,8 @@ PREDICTED: dict[str, Predict] = {
 """The arms that the cost model knows."""
 
 
-def predictions(config: Config, options: argparse.Namespace) -> dict[str, float]:
-    """Simulated seconds a step of the arms that there can be."""
+def predictions(config: Config, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Simulated seconds and counted bytes of a step, of the arms that there can be."""
     network = config.network()
     x, y = config.data()
     costs = measured_costs(network, x, y, cross_entropy, lambda: [config.optimizer(network.parameters())])
@@ -181,7 +183,9 @@ def predictions(config: Config, options: argparse.Namespace) -> dict[str, float]
     for name in options.arms:
         if name in PREDICTED:
             with contextlib.suppress(ValueError):  # which says what the arm says too
-                found[name] = step_seconds(PREDICTED[name](costs, config.batch, config.world, between), between)
+                priced = PREDICTED[name](costs, config.batch, config.world, between)
+                crossing = priced.reduced[1] * config.world if priced.reduced else sum(size for _, size in sent(priced))
+                found[name] = {"simulated": step_seconds(priced, between), "counted": crossing}
     return found
 
 
@@ -205,8 +209,8 @@ def shared_interface() -> bool:
     return os.environ.get("GLOO_SOCKET_IFNAME") == "lo"
 
 
-RIVALS_HEAD = """| width | batch | | seconds a step | samples a second, bp = 1 | MB a step | simulated s | off |
-|---|---|---|---|---|---|---|---|"""
+RIVALS_HEAD = """| width | batch | | seconds a step | samples a second, bp = 1 | MB a step | counted | simulated s | off |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def base(lines: Sequence[dict]) -> float | None:
@@ -220,14 +224,14 @@ def rivals_row(timings: Sequence[dict], alone: float | None) -> str:
     first = timings[0]
     start = f"| {first['width']} | {first['batch']} | {first['arm']}"
     if "refused" in first:
-        return f"{start} | {first['refused']} | | | | |"
-    seconds, sent = statistics.median(timing["seconds"] for timing in timings), first["bytes"]
-    cut = f" ({', '.join(map(str, first['sizes']))})" if first["sizes"] else ""
+        return f"{start} | {first['refused']} | | | | | |"
+    seconds, carried = statistics.median(timing["seconds"] for timing in timings), first["bytes"]
+    stages = f" ({', '.join(map(str, first['sizes']))})" if first["sizes"] else ""
     ratio = f"{alone / seconds:.2f}" if alone else ""
-    carried = "" if sent is None else f"{sent / 1e6:.2f}"
+    crossed, counted = ("" if size is None else f"{size / 1e6:.2f}" for size in (carried, first["counted"]))
     expected = first["simulated"]
     model = f"{expected:.4f} | {100 * (expected / seconds - 1):+.0f} %" if expected else " | "
-    return f"{start}{cut} | {seconds:.4f} | {ratio} | {carried} | {model} |"
+    return f"{start}{stages} | {seconds:.4f} | {ratio} | {crossed} | {counted} | {model} |"
 
 
 def table(options: argparse.Namespace) -> None:

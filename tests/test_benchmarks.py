@@ -188,13 +188,13 @@ class TestRivals:
     def test_rows_are_of_the_median_round(self):
         from parallel import base, rivals_row
 
-        fixed = {"width": 8, "batch": 4, "bytes": 2e6, "simulated": 0.5, "sizes": []}
+        fixed = {"width": 8, "batch": 4, "bytes": 2e6, "counted": 1.5e6, "simulated": 0.5, "sizes": []}
         lines = [{"arm": "bp", **fixed, "seconds": seconds} for seconds in (1.0, 2.0, 9.0)]
         mine = [{"arm": "solo", **fixed, "sizes": [2, 5], "seconds": seconds} for seconds in (0.1, 1.0, 1.2)]
-        assert rivals_row(mine, base(lines)) == "| 8 | 4 | solo (2, 5) | 1.0000 | 2.00 | 2.00 | 0.5000 | -50 % |"
-        assert rivals_row(mine[:1], None) == "| 8 | 4 | solo (2, 5) | 0.1000 |  | 2.00 | 0.5000 | +400 % |"
+        assert rivals_row(mine, base(lines)) == "| 8 | 4 | solo (2, 5) | 1.0000 | 2.00 | 2.00 | 1.50 | 0.5000 | -50 % |"
+        assert rivals_row(mine[:1], None) == "| 8 | 4 | solo (2, 5) | 0.1000 |  | 2.00 | 1.50 | 0.5000 | +400 % |"
         refused = {"arm": "DDP", "width": 8, "batch": 1, "refused": "it cannot"}
-        assert rivals_row([refused], 1.0) == "| 8 | 1 | DDP | it cannot | | | | |"
+        assert rivals_row([refused], 1.0) == "| 8 | 1 | DDP | it cannot | | | | | |"
 
     def test_a_timing_is_kept_as_soon_as_it_is_there(self, tmp_path):
         # So many steps that the stages of solo meet in the last one of a round.
