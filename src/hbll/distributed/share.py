@@ -83,7 +83,8 @@ class Share:
     @torch.no_grad()
     def gather(self) -> None:
         """Puts the stages together in the process of rank 0, whose rule then has all modules with their weights and buffers;
-        weights that modules of another process share are equal there, and no longer one.
+        weights that modules of another process share are equal there, and no longer one. ``drain`` comes first: a stage may
+        still wait for this one, to let copies and originals meet.
 
         Raises:
             ConnectionError: another process is lost.
