@@ -246,6 +246,18 @@ def test_a_branch_on_values_is_refused_or_falls_back():
         torch.testing.assert_close(again[name], expected[name])
 
 
+@pytest.mark.filterwarnings("ignore:block . cannot be stacked with its like")
+def test_blocks_that_share_weights_fall_back():
+    net, x, y = network(Branch)
+    net.blocks[3] = net.blocks[1]
+    options = {"guess": "mean", "sweeps": 1}  # which calls all blocks at once, with graph, before anything else
+    expected = stepped(make_rule("scan", net, engine="loop", **options), x, y)[1]
+    step, found = stepped(make_rule("scan", net, engine="auto", **options), x, y)
+    assert step.engine == "loop"
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 class Own(Dense):
     """Scales by a number that something beside torch's generator gives."""
 

@@ -39,7 +39,7 @@ class Evaluation:
     """What one call of an engine returns.
 
     outputs: (n, B, ...), the outputs of n blocks, with graph.
-    parameters: the trainable tensors that the outputs depend on, either the block's own or n of them stacked.
+    parameters: the trainable tensors that the outputs depend on, each once: either the blocks' own or n of them stacked.
     """
 
     outputs: Tensor
@@ -84,7 +84,7 @@ class LoopEngine:
         for n, state, context in zip(nodes, inputs.unbind(0), contexts, strict=True):
             outputs.append(apply(self.names[n - 1], self.blocks[n - 1], state, context))
             parameters += [p for p in self._parameters(n) if p.requires_grad]
-        return Evaluation(stack(outputs), tuple(parameters))
+        return Evaluation(stack(outputs), tuple(dict.fromkeys(parameters)))  # which blocks may share
 
     def _parameters(self, node: int) -> list[Tensor]:
         return [p for owner, key, _ in self._slots[node - 1] if (p := owner[key]) is not None]

@@ -436,6 +436,27 @@ class TestRemedies:
             torch.testing.assert_close(step.loss.detach(), step.label_loss + 0.3 * off.detach())
         assert torch.equal(rule.eval()(x, y).loss.detach(), rule(x, y).label_loss)  # a regulariser of training
 
+    @every_engine
+    def test_the_loss_of_one_sweep_with_a_weight_that_stages_share(self, engine):
+        net, x, y = residual(7)
+        net.blocks[4] = net.blocks[1]
+        start = net.embed(x).detach()
+        h = [state.detach() for state in chain_states(net, x)[1:]]
+        swept = start + torch.stack([f(start) - start for f in net.blocks]).cumsum(0)
+        off = sum((s - state).norm() / state.norm() for s, state in zip(swept[1:], h[1:], strict=True)) / 6
+        expected = gradients(net, label_loss(net(x), y) + 0.3 * off)
+        rule = make_rule("scan", net, guess="mean", sweeps=6, credit_sweeps=6, consistency=0.3, engine=engine)
+        assert_equal_gradients(gradients(net, rule(x, y).loss), expected)
+
+    def test_stages_that_learn_nothing_are_off_all_the_same(self):
+        net, x, y = residual(4)
+        net.blocks.requires_grad_(False)
+        rule = make_rule("scan", net, guess="mean", sweeps=3, credit_sweeps=3, consistency=0.3)
+        step, without = rule(x, y), make_rule("scan", net, guess="mean", sweeps=3, credit_sweeps=3)(x, y)
+        assert step.loss > step.label_loss
+        assert step.work == without.work + 3  # the sweep
+        assert_equal_gradients(gradients(net, step.loss), exact(net, x, y))
+
     def test_a_chain_whose_stages_add_constants_is_consistent(self):
         class Adds(nn.Linear):
             def forward(self, state):

@@ -208,17 +208,21 @@ class Cut:
         step.count(self.size(stages), depth)
         return Front(stages, parents, inputs, evaluation, tuple(batches), depth, active or self.nodes)
 
-    def peek(self, stages: Sequence[int], inputs: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
-        """Evaluates stages without graph, uncounted, as many at once as can be: states (B, ...) to states of that shape."""
+    def outputs(self, stages: Sequence[int], inputs: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
+        """Evaluates stages, uncounted, as many at once as can be: states (B, ...) to states of that shape."""
         found: dict[int, Tensor] = {}
-        with torch.no_grad():
-            for group in self.engine.partition(stages, inputs):
-                contexts = [batches[p].context for p in group]
-                nodes = tuple(stages[p] for p in group)
-                outputs = self.engine(nodes, torch.stack([inputs[p] for p in group]), contexts).outputs
-                check_shape(self.stages[nodes[0] - 1].title, outputs[0], inputs[group[0]])
-                found.update(zip(group, outputs.unbind(0), strict=True))
+        for group in self.engine.partition(stages, inputs):
+            contexts = [batches[p].context for p in group]
+            nodes = tuple(stages[p] for p in group)
+            outputs = self.engine(nodes, torch.stack([inputs[p] for p in group]), contexts).outputs
+            check_shape(self.stages[nodes[0] - 1].title, outputs[0], inputs[group[0]])
+            found.update(zip(group, outputs.unbind(0), strict=True))
         return [found[p] for p in range(len(stages))]
+
+    @torch.no_grad()
+    def peek(self, stages: Sequence[int], inputs: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
+        """The same without graph."""
+        return self.outputs(stages, inputs, batches)
 
 
 @contextmanager

@@ -113,20 +113,15 @@ class ScanStates(States):
         """The loss by which stages learn to be near their states, (S, B, ...), after one sweep from a cold start: the mean
         over stages of ||one sweep's state - state|| / ||state||, times its weight."""
         inputs = _inputs(batch, self.guess.cold(cut, batch, step), cut)
-        rows, groups = {}, cut.engine.partition(cut.nodes, inputs.unbind(0))
-        for group in groups:
-            nodes = tuple(cut.nodes[p] for p in group)
-            outputs = cut.engine(nodes, inputs[list(group)], [batch.context] * len(nodes)).outputs
-            rows.update(zip(group, outputs.unbind(0), strict=True))
+        outputs = cut.outputs(cut.nodes, inputs.unbind(0), [batch] * cut.last)
         step.count(cut.size(cut.nodes), cut.depth(cut.nodes))
-        swept = correct(inputs, torch.stack([rows[p] for p in range(cut.last)]), self.coarse)
+        swept = correct(inputs, torch.stack(outputs), self.coarse)
         # The first stage's is exact: of rounding alone the norm would have a gradient as large as of any other difference.
         off, size = (wide(values[1:]).flatten(1).norm(dim=1) for values in (swept - states, states))
         value = self.consistency * (off / size).sum() / cut.last
-        parameters = [p for stage in cut.stages for p in stage.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
-        walks = [Walk(tuple(cut.nodes[p] for p in group), (), True, False) for group in groups]
-        count_walks(walks, dict.fromkeys(cut.nodes, clock), cut, step)
+        parameters = list(dict.fromkeys(p for stage in cut.stages for p in stage.parameters() if p.requires_grad))
+        gradients = torch.autograd.grad(value, parameters, materialize_grads=True) if parameters else ()
+        count_walks([Walk(cut.nodes, (), bool(parameters), False)], dict.fromkeys(cut.nodes, clock), cut, step)
         return StageLoss("consistency", attach_gradients(value, parameters, gradients))
 
     def carries(self) -> Mapping[str, Carry]:
