@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hbll import Chain
+from hbll.calls import Readout
 from hbll.generate import Generation, generate
-from hbll.network import Readout
 from hbll.train.device import device
 from hbll.train.evaluate import load_rule
 from hbll.train.run import open_run

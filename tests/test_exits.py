@@ -6,8 +6,8 @@ from tests.networks import masked, residual
 from torch import nn
 
 import hbll
+from hbll.calls import Readout
 from hbll.exits import calibrate, classify, confidence, costs, first_exits, logits_at
-from hbll.network import Readout
 from hbll.rules import make_rule
 
 

@@ -14,9 +14,9 @@ from tests.networks import mlp
 from torch import nn
 
 import hbll
+from hbll.calls import Readout
 from hbll.files import write_tensors
 from hbll.modes import evaluating
-from hbll.network import Readout
 
 WIDTH, BATCH, INPUTS, CLASSES = 4, 3, 5, 2
 

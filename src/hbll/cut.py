@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from hbll.calls import call, check_tensor
 from hbll.names import check_known
-from hbll.network import Chain, call, check_tensor
+from hbll.network import Chain
 
 __all__ = ["Stage", "at_blocks", "cut", "even", "fresh_copy"]
 

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from hbll.network import Context, apply, check_tensor, chosen, first_of
+from hbll.calls import Context, apply, check_tensor, chosen, first_of
 
 __all__ = ["BatchedEngine", "Engine", "Evaluation", "LoopEngine", "make_engine", "stack"]
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbll.calls import Readout, apply, evaluate
 from hbll.carry import map_tensors
-from hbll.network import Chain, Readout, apply, evaluate
+from hbll.network import Chain
 from hbll.tree import Path
 
 __all__ = ["Exited", "calibrate", "classify", "confidence", "costs", "first_exits", "logits_at"]

@@ -9,17 +9,29 @@ stage in common with the chain, a path along the rim nothing.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hbll.calls import Context, PathLike, Readout, first_of, picked, takes
 from hbll.models.gpt import KeyValueCache
 from hbll.modes import evaluating
 from hbll.names import check_number
-from hbll.network import Chain, Context, PathLike, first_of, picked, takes
 
 __all__ = ["Generation", "generate", "verified"]
+
+
+class Network(Protocol):
+    """What of a ``Chain`` generation needs."""
+
+    embed: nn.Module
+    blocks: nn.ModuleList
+
+    def embedded(self, x: Any, **options: Any) -> tuple[Tensor, Context]: ...
+    def way(self, path: PathLike) -> Readout: ...
+    def reader(self, readout: Readout) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Generation:
 
 @torch.no_grad()
 def generate(
-    network: Chain,
+    network: Network,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -99,7 +111,7 @@ def generate(
     first, end = tokens.shape[1], tokens.shape[1] + max_new_tokens
     drafted = accepted = passes = 0
     start = time.perf_counter()
-    with evaluating(nn.ModuleList([network, *(module for modules in ways for module in modules)])):
+    with evaluating(nn.ModuleList([network.embed, *(module for modules in ways for module in modules)])):
         while (length := tokens.shape[1]) < end:
             guesses = []
             for _ in range(0 if draft is None else min(num_draft_tokens, end - length - 1)):
@@ -163,7 +175,7 @@ def verified(
     return kept, torch.where(wrong, replaced, drafted[:, kept : kept + 1])
 
 
-def check_tokens(network: Chain, tokens: Tensor, more: int = 0) -> None:
+def check_tokens(network: Network, tokens: Tensor, more: int = 0) -> None:
     """Raises ValueError unless the embed takes tokens (B, T) and ``more`` of them, as its ``vocabulary`` and its ``context``
     tell if it has them."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2 or not tokens.numel():
@@ -183,7 +195,7 @@ def check_tokens(network: Chain, tokens: Tensor, more: int = 0) -> None:
         )
 
 
-def _modules(network: Chain, way: PathLike) -> list[nn.Module]:
+def _modules(network: Network, way: PathLike) -> list[nn.Module]:
     """What states pass along a way, the head last.
 
     Raises:
@@ -234,7 +246,7 @@ class _Part:
 class _Trunk:
     """What all ways have in common, and the ways on from there."""
 
-    def __init__(self, network: Chain, common: Sequence[nn.Module], ways: Sequence[Sequence[nn.Module]]) -> None:
+    def __init__(self, network: Network, common: Sequence[nn.Module], ways: Sequence[Sequence[nn.Module]]) -> None:
         self.network = network
         self.common = _Part(common)
         self.ways = [_Part(modules) for modules in ways]

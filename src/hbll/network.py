@@ -1,67 +1,29 @@
 """The user's network as a chain: embed, blocks, head; the binary tree over the blocks, and every path through it."""
 
-import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
-from hbll.adapt import Part, split
+from hbll.adapt import split
+from hbll.calls import (
+    Context,
+    PathLike,
+    Readout,
+    apply,
+    check_shape,
+    check_tensor,
+    evaluate,
+    out_of_order,
+    takes,
+)
 from hbll.files import read_tensors, write_atomically, write_tensors
+from hbll.generate import Generation, generate
 from hbll.tree import Path, Tree, format_path
 
-if TYPE_CHECKING:
-    from hbll.generate import Generation
-
-__all__ = [
-    "Chain",
-    "Context",
-    "PathLike",
-    "Readout",
-    "apply",
-    "call",
-    "check_shape",
-    "check_tensor",
-    "chosen",
-    "evaluate",
-    "first_of",
-    "out_of_order",
-    "picked",
-    "resolve",
-    "takes",
-]
-
-Context: TypeAlias = Mapping[str, Any]
-"""What blocks and head take as keywords beside the state: masks, rotary tables, position ids; tensors, or nests of them."""
-
-
-@dataclass(frozen=True)
-class Readout:
-    """A path through a network, or another way of reading it."""
-
-    name: str
-    """The network's name for it, or its blocks joined by dashes."""
-
-    path: Path
-
-    blocks: int
-    """Blocks that are evaluated along it; of a recurrent network, cells."""
-
-    scores: Callable[[Tensor], Tensor] | None = None
-    """x -> what the measures take for logits, where a rule has a way of its own to get them."""
-
-    head: nn.Module | None = None
-    """What reads the state that the path comes to, where it is a stage's readout and no path of the tree; it is handed what
-    it takes of the context, and of ``cache`` where tokens are generated."""
-
-
-PathLike: TypeAlias = str | int | Sequence[int] | Readout | None
-"""A path as ``Chain.resolve`` takes it, or a readout."""
+__all__ = ["Chain", "resolve"]
 
 
 class Chain(nn.Module):
@@ -204,10 +166,8 @@ class Chain(nn.Module):
         """What ``resolve`` takes, or a readout, as a readout."""
         return path if isinstance(path, Readout) else _readout(self.resolve(path))
 
-    def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> "Generation":
+    def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Generation:
         """Tokens that go on from those given: see ``hbll.generate.generate``."""
-        from hbll.generate import generate  # which stands on this module
-
         return generate(self, tokens, max_new_tokens, **options)
 
     @property
@@ -301,87 +261,6 @@ def resolve(tree: Tree, path: object) -> Path:
     if isinstance(path, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in path):
         return tree.check_path(path)
     raise ValueError(f"a path is a name such as 4-6-7, a list of blocks, or their number; got {path!r}")
-
-
-def apply(name: str, block: nn.Module, state: Tensor, context: Context) -> Tensor:
-    """The state that a block makes of a state (B, ...).
-
-    Raises:
-        ValueError: it returns no tensor, nor a tuple that starts with one; the message has the name.
-    """
-    output = call(block, state, context)
-    check_tensor(name, output)
-    return output
-
-
-def call(block: nn.Module, state: Tensor, context: Context) -> Any:
-    """What a block returns for a state (B, ...); of a tuple the first item."""
-    return first_of(evaluate(block, state, context))
-
-
-def first_of(output: Any) -> Any:
-    """What a block returned for a state; of a tuple the first item."""
-    return output[0] if isinstance(output, tuple) and output else output
-
-
-def evaluate(module: nn.Module, state: Tensor, context: Context) -> Any:
-    """What a block or a head returns for a state (B, ...), given what it takes of the context."""
-    return module(state, **chosen(module, context)) if context else module(state)
-
-
-def chosen(module: nn.Module, context: Context) -> dict[str, Any]:
-    """What of a context a module takes."""
-    return picked(context, takes(module))
-
-
-def picked(context: Context, taken: frozenset[str] | None) -> dict[str, Any]:
-    """What of a context has one of these keys; all of it for None."""
-    return dict(context) if taken is None else {key: value for key, value in context.items() if key in taken}
-
-
-def takes(module: nn.Module) -> frozenset[str] | None:
-    """The keywords that a module's forward names; None if it takes any."""
-    try:
-        parameters = inspect.signature(module.function if isinstance(module, Part) else module.forward).parameters
-    except ValueError:  # a built-in function, such as torch.tanh
-        return frozenset()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    _state, *others = parameters.values()
-    return frozenset(other.name for other in others if other.kind is not other.VAR_POSITIONAL)
-
-
-def check_tensor(name: str, output: object) -> None:
-    """Raises ValueError unless embed or a block returned a state."""
-    if not isinstance(output, Tensor):
-        raise ValueError(f"{name} returns a {type(output).__name__}; it must return a state, which is one tensor")
-
-
-@contextmanager
-def out_of_order(name: str, state: Tensor) -> Iterator[None]:
-    """Inside, a block is called on a state of another block than the one before it.
-
-    Raises:
-        ValueError: the block cannot take it.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise ValueError(
-            f"{name} cannot take a state of shape {tuple(state.shape)}; here blocks are called out of order, on the states "
-            f"of other blocks, which must be of one shape ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def check_shape(name: str, output: Tensor, state: Tensor) -> None:
-    """Raises ValueError unless a block that is called out of order kept the shape of the state."""
-    if output.shape != state.shape:
-        raise ValueError(
-            f"{name} changes the state's shape from {tuple(state.shape)} to {tuple(output.shape)}; here blocks are called "
-            "out of order, on the states of other blocks, and must keep it"
-        )
 
 
 def _readout(path: Path) -> Readout:

@@ -20,12 +20,13 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hbll.calls import Context, Readout
 from hbll.carry import Carry, map_tensors, own_copy
 from hbll.cut import Stage, cut
 from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.modes import evaluating, is_trained
 from hbll.names import check_known
-from hbll.network import Chain, Context, Readout
+from hbll.network import Chain
 from hbll.tree import Path
 
 __all__ = ["LateError", "Message", "Report", "Rule", "StageLoss", "Step", "attach_gradients", "walk_back"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hbll.network import Readout
+from hbll.calls import Readout
 from hbll.recurrent import CELLS, GRU, RULES, DepthCells, RecurrentNetwork, make_rule
 
 

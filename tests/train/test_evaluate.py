@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from hbll import Chain, make_rule
+from hbll.calls import Readout
 from hbll.data import Samples
 from hbll.exits import calibrate, confidence, first_exits
-from hbll.network import Readout
 from hbll.recipes import RECIPES
 from hbll.recipes.measures import ACCURACY, CHARACTER_MEASURES, CROSS_ENTROPY
 from hbll.train import metrics

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hbll.calls import apply, evaluate
 from hbll.carry import map_tensors, tensor_bytes
 from hbll.distributed.cost import Costs, Line, Part
 from hbll.losses import Loss, mean_loss
-from hbll.network import Chain, apply, evaluate
+from hbll.network import Chain
 
 __all__ = ["measured_costs"]
 

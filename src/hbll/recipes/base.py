@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hbll.calls import Readout
 from hbll.cut import even
 from hbll.data import Splits
 from hbll.data.vocabulary import Vocabulary
 from hbll.names import check_known
-from hbll.network import Chain, Readout
+from hbll.network import Chain
 from hbll.recipes.measures import ACCURACY, Measure
 from hbll.rule import Rule
 from hbll.rules import RULES, make_rule, options_of

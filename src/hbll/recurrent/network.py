@@ -7,9 +7,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hbll.calls import Readout
 from hbll.models.cells import GRU, LSTM, Cell
 from hbll.modes import is_trained
-from hbll.network import Readout
 from hbll.network import resolve as resolve_in_tree
 from hbll.recurrent.arcs import ArcCells
 from hbll.tree import Path, Tree, format_path

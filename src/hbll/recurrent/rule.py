@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from hbll.calls import Readout
 from hbll.cut import Stage
 from hbll.losses import IGNORED, Loss, counts, cross_entropy, mean_loss
 from hbll.models.cells import Slopes
-from hbll.network import Readout
 from hbll.recurrent.cost import Cost
 from hbll.recurrent.network import RecurrentNetwork, Sequences, check_network
 from hbll.rule import Report, Rule, StageLoss, Step, attach_gradients

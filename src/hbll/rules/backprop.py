@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hbll.calls import apply
 from hbll.losses import Loss, cross_entropy, mean_loss
 from hbll.modes import is_trained
 from hbll.names import check_number
-from hbll.network import Chain, apply
+from hbll.network import Chain
 from hbll.rule import Rule, StageLoss, Step
 from hbll.rules.rim import rim_loss
 

@@ -15,13 +15,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from hbll.calls import Context, check_shape
 from hbll.carry import Carry, map_tensors
 from hbll.cut import Stage
 from hbll.engine import Engine, Evaluation, make_engine
 from hbll.losses import Loss, check_labels, check_prediction, counts, cross_entropy, mean_loss, takes_known_labels
 from hbll.modes import evaluating
 from hbll.names import check_choice, check_number
-from hbll.network import Chain, Context, check_shape
+from hbll.network import Chain
 from hbll.rule import LateError, Rule, StageLoss, Step, attach_gradients
 from hbll.rules.rim import rim_loss
 from hbll.tree import Tree

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hbll.calls import Readout
 from hbll.losses import Loss, cross_entropy
 from hbll.names import check_choice, check_number
-from hbll.network import Chain, Readout
+from hbll.network import Chain
 from hbll.rule import StageLoss, Step
 from hbll.rules.features import by_pixel
 from hbll.rules.local import Labels, LocalRule, detached

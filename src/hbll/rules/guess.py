@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hbll.calls import check_shape
 from hbll.carry import Carry, own_copy
 from hbll.cut import Stage, fresh_copy
 from hbll.engine import Engine, Evaluation, make_engine, stack
 from hbll.losses import wide
-from hbll.network import check_shape
 from hbll.rule import StageLoss, Step, attach_gradients
 from hbll.rules.composed import Batch, Choice, Cut, EngineChoice
 from hbll.tree import Tree

@@ -13,10 +13,11 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from hbll.calls import Context, Readout
 from hbll.carry import map_tensors
 from hbll.losses import IGNORED, Loss, cross_entropy, mean_loss
 from hbll.modes import evaluating, is_trained
-from hbll.network import Chain, Context, Readout
+from hbll.network import Chain
 from hbll.rule import Message, Rule, StageLoss, Step
 from hbll.rules.lazy import Waiting
 

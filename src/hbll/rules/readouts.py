@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hbll.calls import call, evaluate
 from hbll.cut import Stage
-from hbll.network import Chain, call, evaluate
+from hbll.network import Chain
 from hbll.tree import Tree
 
 __all__ = [

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbll.calls import Context, apply, check_shape, out_of_order
 from hbll.losses import Loss, mean_loss
-from hbll.network import Chain, Context, apply, check_shape, out_of_order
+from hbll.network import Chain
 from hbll.rule import Step
 
 __all__ = ["rim_loss"]

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hbll.calls import check_shape
 from hbll.carry import Carry
 from hbll.cut import cut
 from hbll.engine import stack
 from hbll.losses import Loss, cross_entropy, wide
 from hbll.modes import evaluating
 from hbll.names import check_choice, check_number
-from hbll.network import Chain, check_shape
+from hbll.network import Chain
 from hbll.prefix import Coarse, correct, correct_transposed, defect
 from hbll.rule import StageLoss, Step, attach_gradients
 from hbll.rules.composed import (

@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from hbll.calls import Context, Readout, check_shape, evaluate, out_of_order
 from hbll.carry import Carry, concatenate, map_tensors, own_copy
 from hbll.cut import cut
 from hbll.engine import Engine, make_engine, stack
 from hbll.losses import Loss, cross_entropy, row_means, sample_losses, wide
 from hbll.names import check_choice, check_number
-from hbll.network import Chain, Context, Readout, check_shape, evaluate, out_of_order
+from hbll.network import Chain
 from hbll.rule import Message, StageLoss, Step
 from hbll.rules.chain import ChainStates
 from hbll.rules.composed import (

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hbll.calls import check_shape, out_of_order
 from hbll.engine import Evaluation, stack
 from hbll.families import FAMILIES, Family, Gaussian
 from hbll.inversion import gauss_newton, taylor
 from hbll.losses import Loss, counts, cross_entropy, row_means, sample_losses, wide
 from hbll.names import check_choice, check_number
-from hbll.network import Chain, check_shape, out_of_order
+from hbll.network import Chain
 from hbll.rule import StageLoss, Step, attach_gradients
 from hbll.rules.composed import (
     Batch,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbll.network import Chain, apply
+from hbll.calls import apply
+from hbll.network import Chain
 from hbll.rule import Rule, Step
 
 LOOK_EVERY = 100

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from hbll.calls import Readout
 from hbll.data import Samples
 from hbll.data.vocabulary import load_vocabulary
 from hbll.exits import calibrate, classify, confidence, logits_at
 from hbll.losses import IGNORED
 from hbll.modes import evaluating
-from hbll.network import Chain, Readout
+from hbll.network import Chain
 from hbll.recipes import Measure
 from hbll.rule import Rule
 from hbll.train import checkpoint

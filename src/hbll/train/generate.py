@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
+from hbll.calls import PathLike
 from hbll.data.vocabulary import load_vocabulary
 from hbll.generate import Generation, generate
-from hbll.network import PathLike
 from hbll.recipes import Recipe
 from hbll.rule import Rule
 from hbll.train.device import device
