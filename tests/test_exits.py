@@ -6,8 +6,9 @@ from tests.networks import masked, residual
 from torch import nn
 
 import hbll
+from hbll import Chain
 from hbll.calls import Readout
-from hbll.exits import calibrate, classify, confidence, costs, first_exits, logits_at
+from hbll.exits import calibrate, classify, confidence, costs, first_exits, logits_at, outputs_at
 from hbll.rules import make_rule
 
 
@@ -93,6 +94,37 @@ def test_samples_leave_at_the_first_readout_that_is_sure(make, kind, quantile):
     assert found.blocks == pytest.approx(each.mean().item()) == pytest.approx(sum(evaluated) / 40)
     if 0 < quantile < 1:
         assert len(expected.unique()) > 1
+
+
+@pytest.mark.parametrize(
+    ("paths", "evaluations"),
+    [
+        (["chain", "4", "4-6", "4-6-7", "4-5-6-7", "2-4-5-6-7"], 7 + 1 + 1 + 1 + 3 + 5),
+        (["4-6-7", "4", "4-6"], 3),  # whatever comes first
+        (["2-4", "2-3-4", "2-4"], 2 + 2),
+        (["chain"], 7),
+    ],
+)
+def test_blocks_that_readouts_share_from_the_start_on_are_evaluated_once(paths, evaluations):
+    network, x, _ = residual(8)
+    readouts = [network.readout(path) for path in paths]
+    expected = [network(x, path=readout) for readout in readouts]
+    evaluated = []
+    for number, block in enumerate(network.blocks, 1):
+        block.register_forward_hook(lambda *_, number=number: evaluated.append(number))
+    found = list(outputs_at(network, readouts, x))
+    assert len(evaluated) == evaluations
+    for logits, known in zip(found, expected, strict=True):
+        assert torch.equal(logits, known)
+        assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("paths", [["chain", "1-2-4"], ["1-2-4", "chain"]])
+def test_a_path_that_a_change_of_shape_forbids_is_refused_whatever_it_shares(paths):
+    blocks = [nn.Linear(6, 7), *(nn.Linear(7, 7) for _ in range(6))]
+    network = Chain(nn.Linear(5, 6), blocks, nn.Linear(7, 3))
+    with pytest.raises(ValueError, match=r"block [12] changes the state's shape from \(4, 6\) to \(4, 7\)"):
+        list(outputs_at(network, [network.readout(path) for path in paths], torch.randn(4, 5)))
 
 
 def test_what_a_readout_evaluates_of_its_own_is_counted():

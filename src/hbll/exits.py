@@ -4,20 +4,20 @@ How sure is enough is calibrated on held-out samples, for a loss of accuracy tha
 those of stages (``rule.exits``), or the paths along the rim and then the chain; what they share is evaluated once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hbll.calls import Readout, apply, evaluate
+from hbll.calls import Context, Readout, check_shape, evaluate
 from hbll.carry import map_tensors
 from hbll.network import Chain
 from hbll.tree import Path
 
-__all__ = ["Exited", "calibrate", "classify", "confidence", "costs", "first_exits", "logits_at"]
+__all__ = ["Exited", "calibrate", "classify", "confidence", "costs", "first_exits", "logits_at", "outputs_at"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Exited:
     """Its number, from 0, (B,)."""
 
     blocks: float
-    """Blocks that were evaluated for a sample, on average: counted."""
+    """Blocks that were evaluated for a sample, on average."""
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -91,9 +91,23 @@ def calibrate(confidences: Tensor, right: Tensor, loss: float) -> float:
 
 
 @torch.no_grad()
+def outputs_at(network: Chain, readouts: Sequence[Readout], x: Any) -> Iterator[Any]:
+    """What each of the readouts makes of a batch, one after the other; blocks that they share from the start on are
+    evaluated once.
+
+    Raises:
+        ValueError: as ``network(x, path=readout)``.
+    """
+    state, context = network.embedded(x)
+    states: dict[Path, Tensor] = {(): state}
+    forks = _forks(readouts)
+    for readout in readouts:
+        yield _output(network, readout, context, states, forks)
+
+
 def logits_at(network: Chain, readouts: Sequence[Readout], x: Any) -> Tensor:
-    """What each of the readouts makes of a batch, (S, B, C)."""
-    return torch.stack([network(x, path=readout) for readout in readouts])
+    """What each of the readouts makes of a batch, (S, B, C), as ``outputs_at`` has it."""
+    return torch.stack(list(outputs_at(network, readouts, x)))
 
 
 @torch.no_grad()
@@ -108,16 +122,11 @@ def classify(network: Chain, readouts: Sequence[Readout], x: Any, threshold: flo
     """
     state, context = network.embedded(x)
     states: dict[Path, Tensor] = {(): state}
+    forks = _forks(readouts)
     left = torch.arange(len(state), device=state.device)
-    logits, exits, evaluated = None, torch.zeros_like(left), 0
+    logits, exits = None, torch.zeros_like(left)
     for number, readout in enumerate(readouts):
-        known = max((done for done in states if readout.path[: len(done)] == done), key=len)
-        state = states[known]
-        for n in range(len(known), len(readout.path)):
-            state = apply(f"block {readout.path[n]}", network.blocks[readout.path[n] - 1], state, context)
-            states[readout.path[: n + 1]] = state
-        evaluated += len(left) * (readout.blocks - len(known))
-        found = evaluate(network.reader(readout), state, context)
+        found = _output(network, readout, context, states, forks)
         logits = found.clone() if logits is None else logits.index_copy(0, left, found)
         exits[left] = number
         stay = confidence(found) < threshold
@@ -128,7 +137,37 @@ def classify(network: Chain, readouts: Sequence[Readout], x: Any, threshold: flo
         if context:  # what of it is of each sample the embed alone knows
             context = network.embedded(_rows(x, left))[1]
     assert logits is not None
-    return Exited(logits, exits, evaluated / len(exits))
+    evaluated = torch.tensor(costs(readouts), dtype=torch.float64)[exits.cpu()]
+    return Exited(logits, exits, evaluated.mean().item())
+
+
+def _forks(readouts: Sequence[Readout]) -> set[Path]:
+    """The beginnings of paths up to which each readout shares the most blocks with one before it."""
+    paths = [readout.path for readout in readouts]
+    return {
+        max((_common(path, before) for before in paths[:number]), key=len, default=())
+        for number, path in enumerate(paths)
+    }
+
+
+def _common(path: Path, other: Path) -> Path:
+    """The blocks that both begin with."""
+    return tuple(n for n, m in takewhile(lambda pair: pair[0] == pair[1], zip(path, other, strict=False)))
+
+
+def _output(network: Chain, readout: Readout, context: Context, states: dict[Path, Tensor], forks: set[Path]) -> Any:
+    """What a readout makes of a batch, whose states after some beginnings of paths are known; those that it finds at forks
+    are added to them."""
+    path, of_stage = readout.path, readout.head is not None
+    known = max((done for done in states if path[: len(done)] == done), key=len)
+    state = states[known]
+    if known and path != network.tree.chain and not of_stage:  # which the readouts that were here before may have been
+        check_shape(f"block {known[-1]}", state, states[()])
+    for place in range(len(known), len(path)):
+        state = network.passed(path, place, state, context, of_stage)
+        if (done := path[: place + 1]) in forks:
+            states[done] = state
+    return evaluate(network.reader(readout), state, context)
 
 
 def _rows(x: Any, which: Tensor) -> Any:

@@ -112,16 +112,20 @@ class Chain(nn.Module):
         Raises:
             ValueError: as ``forward``.
         """
-        may_change = of_stage or path == self.tree.chain
-        for i, n in enumerate(path, 1):
-            if may_change and n == i:  # after all blocks before it
-                state = apply(f"block {n}", self.blocks[n - 1], state, context)
-                continue
-            with out_of_order(f"block {n}", state):
-                output = apply(f"block {n}", self.blocks[n - 1], state, context)
-            check_shape(f"block {n}", output, state)
-            state = output
+        for place in range(len(path)):
+            state = self.passed(path, place, state, context, of_stage)
         return state
+
+    def passed(self, path: Path, place: int, state: Tensor, context: Context, of_stage: bool = False) -> Tensor:
+        """What the block at a place of a path, from 0, makes of the state that those before it have made; as ``along``."""
+        n = path[place]
+        name, block = f"block {n}", self.blocks[n - 1]
+        if n == place + 1 and (of_stage or path == self.tree.chain):  # after all blocks before it
+            return apply(name, block, state, context)
+        with out_of_order(name, state):
+            output = apply(name, block, state, context)
+        check_shape(name, output, state)
+        return output
 
     def embedded(self, x: Any, **options: Any) -> tuple[Tensor, Context]:
         """The first state and the context of a batch.

@@ -78,6 +78,15 @@ def test_evaluation_happens_in_evaluation_mode_without_gradients(shifting):
     assert not blocks[2].training
 
 
+def test_readouts_share_what_they_can_of_every_batch(shifting):
+    evaluated = []
+    for block in shifting.network.blocks:
+        block.register_forward_hook(lambda *_: evaluated.append(1))
+    readouts = [*along((1, 2, 3), (2,), (2, 3)), Readout("none", (2,), 1, scores=lambda x: x)]
+    measured(shifting, Samples(torch.eye(10), torch.arange(10)), readouts, [ACCURACY])
+    assert len(evaluated) == 3 + 1 + 1
+
+
 def test_a_readout_may_have_scores_of_its_own(shifting):
     inputs = torch.eye(10)
     readout = Readout("turned", (2,), 1, scores=lambda x: x.roll(7, -1))

@@ -1,7 +1,7 @@
 """A trained network measured along its paths and at the readouts of its stages: how good, and at what cost."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ from torch.utils.benchmark import Timer
 from hbll.calls import Readout
 from hbll.data import Samples
 from hbll.data.vocabulary import load_vocabulary
-from hbll.exits import calibrate, classify, confidence, logits_at
+from hbll.exits import calibrate, classify, confidence, logits_at, outputs_at
 from hbll.losses import IGNORED
 from hbll.modes import evaluating
 from hbll.network import Chain
@@ -90,7 +90,7 @@ def evaluate_run(
     asked = [usual[name] if name in usual else recipe.other_readout(rule, name) for name in names]
     if not every:
         readouts = {readout.name: readout for readout in asked} or usual
-        return measured(rule, test, readouts.values(), recipe.measures)
+        return measured(rule, test, list(readouts.values()), recipe.measures)
     readouts = recipe.all_readouts(rule)
     results = measured(rule, test, readouts, recipe.measures)
     with evaluating(rule):
@@ -133,27 +133,31 @@ def evaluate_exits(
     held_out, rest = (splits.valid, test) if splits.valid else (test[::2], test[1::2])
     with evaluating(rule):
         return [
-            {"exits": name, "loss": loss, **_leaving(rule.network, readouts, held_out, rest, loss)}
+            {"exits": name, "loss": loss, **found}
             for name, readouts in sequences.items()
-            for loss in losses
+            for loss, found in zip(losses, _leaving(rule.network, readouts, held_out, rest, losses), strict=True)
         ]
 
 
-def _leaving(network: Chain, readouts: Sequence[Readout], held_out: Samples, rest: Samples, loss: float) -> ExitResult:
+def _leaving(
+    network: Chain, readouts: Sequence[Readout], held_out: Samples, rest: Samples, losses: Sequence[float]
+) -> Iterator[ExitResult]:
+    """What leaving early comes to with each of the losses of accuracy."""
     logits = torch.cat([logits_at(network, readouts, inputs) for inputs in held_out.inputs.split(BATCH_SIZE)], 1)
-    threshold = calibrate(confidence(logits), logits.argmax(-1) == held_out.labels, loss)
     batches = rest.inputs.split(BATCH_SIZE)
-    exited = [classify(network, readouts, inputs, threshold) for inputs in batches]
     full = torch.cat([network(inputs, path=readouts[-1]).argmax(-1) for inputs in batches])
-    exits = torch.cat([found.exits for found in exited])
-    return {
-        "threshold": threshold if math.isfinite(threshold) else None,
-        "accuracy": _share(torch.cat([found.logits.argmax(-1) for found in exited]) == rest.labels),
-        "full_accuracy": _share(full == rest.labels),
-        "blocks": sum(found.blocks * len(found.exits) for found in exited) / len(rest),
-        "full_blocks": readouts[-1].blocks,
-        "shares": {readout.name: _share(exits == number) for number, readout in enumerate(readouts)},
-    }
+    for loss in losses:
+        threshold = calibrate(confidence(logits), logits.argmax(-1) == held_out.labels, loss)
+        exited = [classify(network, readouts, inputs, threshold) for inputs in batches]
+        exits = torch.cat([found.exits for found in exited])
+        yield {
+            "threshold": threshold if math.isfinite(threshold) else None,
+            "accuracy": _share(torch.cat([found.logits.argmax(-1) for found in exited]) == rest.labels),
+            "full_accuracy": _share(full == rest.labels),
+            "blocks": sum(found.blocks * len(found.exits) for found in exited) / len(rest),
+            "full_blocks": readouts[-1].blocks,
+            "shares": {readout.name: _share(exits == number) for number, readout in enumerate(readouts)},
+        }
 
 
 def _share(which: Tensor) -> float:
@@ -172,32 +176,34 @@ def check_vocabulary(run: Run, data_dir: FilePath | None) -> None:
 
 @torch.no_grad()
 def measured(
-    rule: Rule, samples: Samples, readouts: Iterable[Readout], measures: Sequence[Measure]
+    rule: Rule, samples: Samples, readouts: Sequence[Readout], measures: Sequence[Measure]
 ) -> list[PathResult]:
     """The measures of the rule's network on the samples along each of the readouts."""
-    with evaluating(rule):
-        return [
-            {"path": readout.name, "blocks": readout.blocks, **_means(rule.network, samples, readout, measures)}
-            for readout in readouts
-        ]
-
-
-def _means(
-    network: nn.Module, samples: Samples, readout: Readout, measures: Sequence[Measure]
-) -> dict[str, float | None]:
     size = _batch_size(samples)
-    batches = zip(samples.inputs.split(size), samples.labels.split(size), strict=True)
-    sums = summed(((_scores(network, inputs, readout), labels) for inputs, labels in batches), measures)
-    return means(sums, measures, units_of(samples))
+    sums = torch.zeros(len(readouts), len(measures), dtype=torch.float64)
+    with evaluating(rule):
+        for inputs, labels in zip(samples.inputs.split(size), samples.labels.split(size), strict=True):
+            scores = _scores(rule.network, inputs, readouts)
+            values = torch.stack([_sums(logits, labels, measures) for logits in scores])
+            sums = sums.to(values.device) + values
+    units = units_of(samples)
+    return [
+        {"path": readout.name, "blocks": readout.blocks, **means(row, measures, units)}
+        for readout, row in zip(readouts, sums, strict=True)
+    ]
 
 
 def summed(predicted: Iterable[tuple[Tensor, Tensor]], measures: Sequence[Measure]) -> Tensor:
     """The sums of the measures' values over batches of logits and labels, (number of measures,) in float64."""
     sums = torch.zeros(len(measures), dtype=torch.float64)
     for logits, labels in predicted:
-        values = torch.stack([measure.values(logits, labels).sum(dtype=torch.float64) for measure in measures])
+        values = _sums(logits, labels, measures)
         sums = sums.to(values.device) + values
     return sums
+
+
+def _sums(logits: Tensor, labels: Tensor, measures: Sequence[Measure]) -> Tensor:
+    return torch.stack([measure.values(logits, labels).sum(dtype=torch.float64) for measure in measures])
 
 
 def units_of(samples: Samples) -> dict[str, int]:
@@ -226,10 +232,15 @@ def _finite(of_mean: Callable[[float], float], mean: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _scores(network: nn.Module, inputs: Tensor, readout: Readout) -> Tensor:
-    if readout.scores:
-        return readout.scores(inputs)
-    return network(inputs, path=readout.path if readout.head is None else readout)
+def _scores(network: nn.Module, inputs: Tensor, readouts: Sequence[Readout]) -> Iterator[Tensor]:
+    """What the measures take for the logits of each of the readouts, one after the other."""
+    plain = [readout for readout in readouts if not readout.scores]
+    outputs = (
+        outputs_at(network, plain, inputs)
+        if isinstance(network, Chain)
+        else (network(inputs, path=readout.path) for readout in plain)
+    )
+    return (readout.scores(inputs) if readout.scores else next(outputs) for readout in readouts)
 
 
 @torch.no_grad()
@@ -240,7 +251,7 @@ def _cost(network: nn.Module, inputs: Tensor, readout: Readout) -> dict[str, flo
         modules = [network.embed, *blocks, network.reader(readout)]
     else:
         modules = [network]
-    named = {"scores": lambda: _scores(network, inputs, readout)}
+    named = {"scores": lambda: next(_scores(network, inputs, [readout]))}
     timer = Timer("scores()", globals=named, num_threads=torch.get_num_threads())
     seconds = timer.blocked_autorange(min_run_time=TIMED_SECONDS).median
     return {
