@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hbll.calls import Context, Readout
 from hbll.carry import Carry, map_tensors, own_copy
 from hbll.cut import Stage, cut
-from hbll.losses import Loss, cross_entropy, mean_loss
+from hbll.losses import Loss, cross_entropy, mean_loss, wide
 from hbll.modes import evaluating, is_trained
 from hbll.names import check_known
 from hbll.network import Chain
@@ -135,6 +135,11 @@ class Step:
     def report(self, stages: Sequence[int], **found: Tensor) -> None:
         """Notes fields of the reports of n stages, (n,) each."""
         self.findings.append((tuple(stages), {name: values.detach() for name, values in found.items()}))
+
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """A gradient as it would be without ``scale``: for what waits for a later step, whose scale may be another."""
+        plain = isinstance(self.scale, float) and self.scale == 1.0  # of a tensor it would have to wait for the device
+        return gradient if plain else wide(gradient) / self.scale
 
     @property
     def reports(self) -> dict[int, Report]:

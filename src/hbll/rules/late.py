@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hbll.carry import Carry
-from hbll.losses import wide
 from hbll.names import check_number
 from hbll.network import Chain
 from hbll.rule import StageLoss, Step, attach_gradients
@@ -78,13 +77,10 @@ class TwoBufferedWeights(Backpropagation):
         """The gradients of a loss, by the names of those parameters that it reaches."""
         if not value.requires_grad:
             return {}
-        # Scaled on the way, or half precision loses them; unscaled as they wait, for the scale may be another then.
+        # Scaled on the way, or half precision loses them.
         found = torch.autograd.grad(value * step.scale, list(trained.values()), allow_unused=True)
-        plain = isinstance(step.scale, float) and step.scale == 1.0
         return {
-            name: gradient if plain else wide(gradient) / step.scale
-            for name, gradient in zip(trained, found, strict=True)
-            if gradient is not None
+            name: step.unscaled(gradient) for name, gradient in zip(trained, found, strict=True) if gradient is not None
         }
 
     @property

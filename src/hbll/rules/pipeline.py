@@ -78,7 +78,7 @@ class LateCredit(Credit):
             outputs = cut.engine((n,), state.unsqueeze(0), [left["context"]]).outputs
             moved = attach_gradients(wide(gradient).new_zeros(()), [outputs], [gradient.unsqueeze(0)])
             yield StageLoss(n, moved, leaves=(state,))
-            handed_on[n - 1] = torch.zeros_like(state) if state.grad is None else _unscaled(state.grad, step)
+            handed_on[n - 1] = torch.zeros_like(state) if state.grad is None else step.unscaled(state.grad)
             del outputs, moved, state
             blocks = cut.size([n])
             # The last stage's gradient is there when its output is, the others' since the step before.
@@ -92,11 +92,6 @@ class LateCredit(Credit):
 
     def carries(self) -> Mapping[str, Carry]:
         return {"late": self.flight}
-
-
-def _unscaled(gradient: Tensor, step: Step) -> Tensor:
-    # The scale may be another when it arrives.
-    return gradient if isinstance(step.scale, float) and step.scale == 1.0 else wide(gradient) / step.scale
 
 
 class Pipeline(Composed):
