@@ -126,7 +126,8 @@ for mesh, sizes in ((replicas, None), (None, (3, 4))):
     worker = TreeWorker(apart, mesh, sizes=sizes)
     assert worker.stages == ((1, 2, 3), (4, 5, 6, 7))[rank // 2]
     halves = batches(2)
-    worker.backward(*halves[rank % 2], scale=3.0)
+    for average in (False, True):  # the same batch twice, averaged once
+        worker.backward(*halves[rank % 2], scale=1.5, average=average)
     for x, y in halves:
         rule(x, y).loss.backward()
     for n in worker.stages:

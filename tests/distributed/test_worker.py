@@ -85,7 +85,7 @@ import torch.distributed as dist
 from torch import nn
 from tests.networks import KINDS, batches
 import hbll
-from hbll.distributed import Worker
+from hbll.distributed import Replica, Worker
 
 rank, world = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
@@ -134,6 +134,37 @@ for name, options in (("stream", {"stage": (3, 4), "copies": True, "refresh": 1}
         torch.testing.assert_close(found[0], alone.network.head(state), rtol=1e-12, atol=1e-12)
         assert torch.equal(found[1], mine[1])
     worker.finish()
+
+# Micro-batches of a step are averaged once, after the last one: until then gradients are this process's own.
+(many, labels), = batches(1, sizes=(8,))
+STAGES = {"stage": (3, 4), "copies": True}
+
+
+def averaged_once(worker, own, first, size):
+    # Of a replica that learns from two micro-batches from sample first on; own: its modules of a rule.
+    mine, whole = (made("stream", states="chain", **STAGES)[0] for _ in range(2))
+    parts = [slice(first, first + size), slice(first + size, first + 2 * size)]
+    (mine(many[parts[0]], labels[parts[0]]).loss / 2).backward()
+    whole(many, labels).loss.backward()
+    for part, average, expected in ((parts[0], False, mine), (parts[1], True, whole)):
+        worker.backward(many[part], labels[part], scale=0.5, average=average)
+        for p, q in zip(worker.parameters(), (p for m in own(expected) for p in m.parameters()), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+
+
+worker = Worker(made("stream", **STAGES)[0])
+averaged_once(worker, lambda rule: rule.own(worker.stage), 4 * worker.replica, 2)
+worker.finish()
+averaged_once(Replica(made("stream", states="chain", **STAGES)[0]), lambda rule: [rule], 2 * rank, 1)
+
+# A stage of which nothing is trained has nothing to average.
+rule, x, y = made("greedy", stage=(3, 4))
+for module in rule.own(1):
+    module.requires_grad_(False)
+worker = Worker(rule)
+worker.backward(x, y)
+assert all((p.grad is None) == (worker.stage == 1) for p in worker.parameters())
+worker.finish()
 
 # Half precision on the link rounds states and leaves labels.
 rule, x, y = made("greedy", stage=(3, 4))

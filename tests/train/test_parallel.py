@@ -171,8 +171,8 @@ def test_replicas_of_stages_share_batches_and_may_be_fewer_when_the_run_goes_on(
 )
 def test_replicas_of_a_network_and_parts_of_a_tree_learn_as_one_process_does(launcher, tmp_path, rule, parallel):
     clip = TUNED[:2] if parallel == "data" else []  # parts are cut down each by itself
-    options = ["train", "digits", *SMALL[5:], *clip, "--epochs", 2, "--rule", rule, "--parallel", parallel]
-    ended = launcher.run(2, *options, "--run-dir", tmp_path / "two")
+    options = [*SMALL[5:], *clip, "--accumulate", 2, "--epochs", 2, "--rule", rule, "--parallel", parallel]
+    ended = launcher.run(2, "train", "digits", *options, "--run-dir", tmp_path / "two")
     assert [one.code for one in ended] == [0, 0], ended
     two = open_run(tmp_path / "two")
     one = Run(recipe=two.recipe, method=rule, seed=0, folder=tmp_path / "one")

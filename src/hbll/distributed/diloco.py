@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hbll.distributed.share import average
 from hbll.names import check_number
 
 __all__ = ["DiLoCo"]
@@ -67,12 +68,10 @@ class DiLoCo:
     @torch.no_grad()
     def meet(self) -> None:
         """A step of the outer optimizer, of all processes together."""
-        moved = torch.cat([(a - p).flatten() for a, p in zip(self.met_at, self.parameters, strict=True)])
-        dist.all_reduce(moved, group=self.group)
-        moved /= dist.get_world_size(self.group)
-        shares = moved.split([anchor.numel() for anchor in self.met_at])
-        for anchor, share in zip(self.met_at, shares, strict=True):
-            anchor.grad = share.view_as(anchor).to(anchor.dtype)
+        moved = [anchor - parameter for anchor, parameter in zip(self.met_at, self.parameters, strict=True)]
+        average(moved, self.group)
+        for anchor, gradient in zip(self.met_at, moved, strict=True):
+            anchor.grad = gradient
         self.outer.step()
         self.outer.zero_grad()
         for parameter, anchor in zip(self.parameters, self.met_at, strict=True):

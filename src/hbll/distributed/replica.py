@@ -11,6 +11,7 @@ for x, y in shares:                                                        # of 
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -42,18 +43,21 @@ class Replica:
         """The rule's."""
         return self.rule.parameters()
 
-    def backward(self, x: Any = None, y: Any = None, scale: Tensor | float = 1.0) -> Step:
+    def backward(self, x: Any = None, y: Any = None, scale: Tensor | float = 1.0, *, average: bool = True) -> Step:
         """A training step on a share of a batch, whose gradients are added to ``.grad`` and averaged over all processes.
 
         Args:
             x, y, scale: as of ``Rule.backward``.
+            average: whether the gradients in ``.grad``, those of earlier micro-batches among them, are then averaged: once,
+                after the last one of a step, is enough.
 
         Raises:
             ConnectionError: another process is lost.
         """
-        step = self._averaging(x, y)
-        with lost("another replica"):
-            (step.loss * scale).backward()
+        with nullcontext() if average else self._averaging.no_sync():
+            step = self._averaging(x, y)
+            with lost("another replica"):
+                (step.loss * scale).backward()
         return step
 
     @torch.no_grad()

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hbll.distributed.link import lost
 from hbll.rule import Rule
 
-__all__ = ["Share"]
+__all__ = ["Share", "average"]
 
 
 class Share:
@@ -113,22 +113,27 @@ class Share:
 
     def _average(self) -> None:
         """Makes gradients the mean over the replicas."""
-        if self._data is None:
-            return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        together = torch.cat([gradient.flatten() for gradient in gradients])
-        with lost("a replica of this stage"):
-            dist.all_reduce(together, group=self._data)
-        together /= dist.get_world_size(self._data)
-        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        if self._data is not None:
+            with lost("a replica of this stage"):
+                average([p.grad for p in self.parameters() if p.grad is not None], self._data)
+
+
+def average(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Makes tensors, in place, their mean over the processes of a group, in one message; all of them have as many."""
+    if not tensors:
+        return
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together, group=group)
+    together /= dist.get_world_size(group)
+    for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _modules(rule: Rule, stages: Sequence[int]) -> list[nn.Module]:
     return [module for n in stages for module in rule.own(n)]
 
 
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, those among them that no state_dict has; shared ones each time."""
     named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     return (tensor for _, tensor in chain(*named))

@@ -185,7 +185,7 @@ class TreeWorker(Share):
         """Bytes of them."""
         return self._exchange.bytes
 
-    def backward(self, x: Any = None, y: Any = None, scale: Tensor | float = 1.0) -> Step:
+    def backward(self, x: Any = None, y: Any = None, scale: Tensor | float = 1.0, *, average: bool = True) -> Step:
         """A training step, whose gradients are added to ``.grad`` and averaged over the replicas.
 
         Args:
@@ -193,6 +193,8 @@ class TreeWorker(Share):
                 one the labels. The others need neither, unless all labels of a batch may be left out (``IGNORED``): by them
                 they see that nothing is to be learned. No larger than the first.
             scale: what gradients are multiplied by.
+            average: whether the gradients in ``.grad``, those of earlier micro-batches among them, are then averaged: once,
+                after the last one of a step, is enough.
 
         Returns:
             The process's part in the step: loss and work are what they are in one process if added up over all, the span if
@@ -205,7 +207,8 @@ class TreeWorker(Share):
         """
         step = Step(scale=scale)
         walk_back(self._losses(x, y, step), step)
-        self._average()
+        if average:
+            self._average()
         return step
 
     @torch.no_grad()

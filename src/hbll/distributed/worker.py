@@ -71,12 +71,14 @@ class Worker(Share):
         """Bytes handed to the next stage so far."""
         return self._next.bytes if self._next else 0
 
-    def backward(self, x: Any = None, y: Any = None, scale: Tensor | float = 1.0) -> Step:
+    def backward(self, x: Any = None, y: Any = None, scale: Tensor | float = 1.0, *, average: bool = True) -> Step:
         """A training step, whose gradients are added to ``.grad`` and averaged over the replicas of the stage.
 
         Args:
             x, y: a batch, of which the first stage learns; the others take what the stage before has handed on.
             scale: what gradients are multiplied by.
+            average: whether the gradients in ``.grad``, those of earlier micro-batches among them, are then averaged: once,
+                after the last one of a step, is enough.
 
         Raises:
             ConnectionError: another stage is lost.
@@ -84,7 +86,8 @@ class Worker(Share):
         self._refresh(self._clock + self.stage - 1)
         given = self._before.get() if self._before else Message(x, y, {})
         step = self.rule.stage_backward(self.stage, given, self._hand_on, scale)
-        self._average()
+        if average:
+            self._average()
         self._clock += 1
         return step
 

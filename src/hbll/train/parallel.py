@@ -432,7 +432,10 @@ class Part:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         with lowered(recipe.precision, device()):
-            steps = [self.worker.backward(x, y, 1 / recipe.accumulate) for x, y in self._shares(order, position)]
+            steps = [
+                self.worker.backward(x, y, 1 / recipe.accumulate, average=number == recipe.accumulate)
+                for number, (x, y) in enumerate(self._shares(order, position), 1)
+            ]
         if recipe.gradient_clip is not None:
             for parameters in self._clipped():
                 clip_grad_norm_(parameters, recipe.gradient_clip)
