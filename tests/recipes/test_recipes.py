@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hbll import machine
 from hbll.recipes import RECIPES, flag
-from hbll.sublinear import memory
 
 DIGITS, MNIST = RECIPES["digits"], RECIPES["mnist-mlp"]
 
@@ -116,9 +116,9 @@ def test_parameters_are_counted_without_making_the_network(recipe):
 def test_a_network_that_cannot_be_trained_in_the_memory_there_is_is_not_made(monkeypatch):
     # 7 blocks of 64 x 65 parameters, an embed of 65 x 64 and a head of 65 x 10: each with gradient and two moments.
     parameters = 7 * 65 * 64 + 65 * 64 + 65 * 10
-    monkeypatch.setattr(memory, "machine_bytes", lambda: float(16 * parameters + 7 * 2**13))
+    monkeypatch.setattr(machine, "machine_bytes", lambda: float(16 * parameters + 7 * 2**13))
     DIGITS().initial_network(0)
-    monkeypatch.setattr(memory, "machine_bytes", lambda: float(16 * parameters + 7 * 2**13 - 1))
+    monkeypatch.setattr(machine, "machine_bytes", lambda: float(16 * parameters + 7 * 2**13 - 1))
     with pytest.raises(ValueError, match="to train 7 blocks of width 64 would need"):
         DIGITS().initial_network(0)
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from hbll.sublinear import cost, memory
+from hbll.sublinear import cost
 from hbll.sublinear.dense import Dense
 from hbll.sublinear.screen import screen
 from hbll.sublinear.slack import Slack
@@ -61,10 +61,3 @@ def test_memory_is_at_least_what_the_arrays_take(make_problem):
 
     for name, engine in (("slack", Slack(problem, screened)), ("dense", Dense(problem)), ("tree", Tree(problem))):
         assert held(engine) <= told[name] <= 4 * held(engine)
-
-
-def test_more_than_the_machine_is_refused(monkeypatch):
-    memory.refuse_beyond(memory.machine_bytes(), "a fit")
-    monkeypatch.setattr(memory, "machine_bytes", lambda: 2.0**30)
-    with pytest.raises(ValueError, match="a fit would need 3 GiB of memory, and this machine has 1 GiB"):
-        memory.refuse_beyond(3 * 2.0**30, "a fit")

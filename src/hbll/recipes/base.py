@@ -15,6 +15,7 @@ from hbll.calls import Readout
 from hbll.cut import even
 from hbll.data import Splits
 from hbll.data.vocabulary import Vocabulary
+from hbll.machine import refuse_beyond
 from hbll.names import check_known
 from hbll.network import Chain
 from hbll.recipes.measures import ACCURACY, Measure
@@ -23,7 +24,6 @@ from hbll.rules import RULES, make_rule, options_of
 from hbll.rules.backprop import Backpropagation
 from hbll.rules.local import LocalRule
 from hbll.rules.pipeline import Pipeline
-from hbll.sublinear.memory import refuse_beyond
 
 Schedule = Literal["constant", "linear", "cosine"]
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from hbll.machine import refuse_beyond
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -74,7 +76,6 @@ def bench(options: BenchOptions) -> None:
     from rich.table import Table
 
     from .bench import random_task, time_engines
-    from .memory import refuse_beyond
 
     for name in ("points", "features", "iterations", "repeats"):
         if getattr(options, name) < 1:

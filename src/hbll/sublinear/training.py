@@ -8,12 +8,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from hbll.machine import machine_bytes, refuse_beyond
+
 from .compact import Compact
 from .cost import forecast
 from .dense import Dense
 from .descent import LARGEST, Run, descend
 from .engine import ENGINES, Engine, EngineName
-from .memory import machine_bytes, refuse_beyond
 from .model import Model
 from .problem import Problem, unit_rows
 from .rules import Method, make_rule
