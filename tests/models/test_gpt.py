@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tests.networks import assert_equal_gradients, gradients
 from tests.oracles.norm import layer_norm, perturbed
+from torch.profiler import profile
 
 import hbll
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead, KeyValueCache, turned
@@ -101,6 +102,13 @@ def test_with_rotary_positions_a_block_sees_distances_alone():
     outputs = [block(state, **context) for state, context in (embed(tokens), embed(tokens, start=30))]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)  # angles are those of single precision
     assert (outputs[0] - block(embed(tokens)[0])).abs().max() > 1e-3
+
+
+def test_queries_and_keys_turn_by_the_same_cosines():
+    state, context = GPTEmbed(11, 9, 12, rotary=6)(torch.randint(11, (2, 5)))
+    with profile() as profiled:
+        GPTBlock(12, 2)(state, **context)
+    assert [event.count for event in profiled.key_averages() if event.key in ("aten::cos", "aten::sin")] == [1, 1]
 
 
 def test_there_are_no_positions_to_learn_where_they_are_rotary():

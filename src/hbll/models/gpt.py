@@ -131,9 +131,10 @@ class GPTBlock(nn.Module):
     def _attend(self, state: Tensor, rotary: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         batch, tokens, width = state.shape
         split = self.query_key_value(state).view(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
+        split = split.permute(2, 0, 3, 1, 4)
+        query, key, value = split
         if rotary is not None:
-            query, key = turned(query, rotary), turned(key, rotary)
+            query, key = turned(split[:2], rotary)
         if cache is not None:
             key, value = cache.extended(key, value)
         if (before := key.shape[2] - tokens) == 0:
@@ -147,7 +148,7 @@ class GPTBlock(nn.Module):
 
 
 def turned(features: Tensor, angles: Tensor) -> Tensor:
-    """Features (B, heads, T, F), each pair (i, i + F/2) of which is turned by an angle of its own, (T, F/2)."""
+    """Features (..., T, F), each pair (i, i + F/2) of which is turned by an angle of its own, (T, F/2)."""
     cosine, sine = angles.cos().to(features.dtype), angles.sin().to(features.dtype)
     first, second = features.chunk(2, -1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
