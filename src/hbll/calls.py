@@ -25,6 +25,7 @@ __all__ = [
     "first_of",
     "out_of_order",
     "picked",
+    "refuse_in_place",
     "takes",
 ]
 
@@ -60,9 +61,14 @@ def apply(name: str, block: nn.Module, state: Tensor, context: Context) -> Tenso
     """The state that a block makes of a state (B, ...).
 
     Raises:
-        ValueError: it returns no tensor, nor a tuple that starts with one; the message has the name.
+        ValueError: it returns no tensor, nor a tuple that starts with one, or it changes in place what others need; the
+            message has the name.
     """
-    output = call(block, state, context)
+    try:
+        output = call(block, state, context)
+    except RuntimeError as error:
+        refuse_in_place(name, error)
+        raise
     check_tensor(name, output)
     return output
 
@@ -110,6 +116,16 @@ def check_tensor(name: str, output: object) -> None:
         raise ValueError(f"{name} returns a {type(output).__name__}; it must return a state, which is one tensor")
 
 
+def refuse_in_place(name: str, error: RuntimeError) -> None:
+    """Raises ValueError if torch's error is that something was changed in place."""
+    reason = str(error).split(". ")[0]
+    if "inplace" in reason.replace("-", ""):
+        raise ValueError(
+            f"{name} changes its input in place, which is a state that others read: give its first layer inplace=False, and "
+            f"for state += .. write state = state + .. ({reason})"
+        ) from error
+
+
 @contextmanager
 def out_of_order(name: str, state: Tensor) -> Iterator[None]:
     """Inside, a block is called on a state of another block than the one before it.
@@ -122,6 +138,7 @@ def out_of_order(name: str, state: Tensor) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        refuse_in_place(name, error)
         raise ValueError(
             f"{name} cannot take a state of shape {tuple(state.shape)}; here blocks are called out of order, on the states "
             f"of other blocks, which must be of one shape ({str(error).splitlines()[0]})"

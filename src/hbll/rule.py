@@ -20,7 +20,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hbll.calls import Context, Readout
+from hbll.calls import Context, Readout, refuse_in_place
 from hbll.carry import Carry, map_tensors, own_copy
 from hbll.cut import Stage, cut
 from hbll.losses import Loss, cross_entropy, mean_loss, wide
@@ -421,6 +421,8 @@ class Rule(nn.Module, ABC):
             self.reset()
             raise
         except Exception as error:
+            if isinstance(error, RuntimeError):
+                refuse_in_place("a block or the head", error)
             if self.in_flight:
                 error.add_note(
                     "It may be of a mini-batch that came in some steps before; rule.reset() drops what is in flight."

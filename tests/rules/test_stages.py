@@ -281,3 +281,38 @@ class TestRim:
             state = net.blocks[n - 1](state)
             exits.append(F.cross_entropy(net.head(state), y))
         assert_equal_gradients(gradients(net, step.loss), gradients(net, without.loss + 0.3 * sum(exits) / 3))
+
+
+class TestInPlace:
+    """Blocks that change their input, which is a state that others read."""
+
+    @staticmethod
+    def network(first=False, later=False, head=False):
+        blocks = [nn.Sequential(nn.ReLU(inplace=later if n else first), nn.Linear(6, 6)) for n in range(7)]
+        return Chain(nn.Linear(5, 6), blocks, nn.Sequential(nn.ReLU(inplace=head), nn.Linear(6, 3)))
+
+    @pytest.mark.parametrize(
+        ("rule", "options", "places", "name"),
+        [
+            ("stream", {}, {"first": True}, "block 1"),
+            ("stream", {"stage": (3, 4)}, {"first": True}, r"stage 1 \(blocks 1-3\)"),
+            ("paper", {}, {"head": True}, "the head"),
+            ("paper", {}, {"first": True}, "block 1"),
+            ("tree", {"engine": "loop"}, {"later": True}, "block 4"),
+            ("scan", {"guess": "mean", "engine": "loop"}, {"later": True}, "block 2"),
+            ("scan", {"guess": "mean"}, {"head": True}, "a block or the head"),
+        ],
+    )
+    def test_it_is_named_with_what_to_do(self, rule, options, places, name):
+        x, y = torch.randn(4, 5), torch.arange(4) % 3
+        sentence = (
+            f"^{name} changes its input in place, which is a state that others read: give its first layer inplace=False"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            make_rule(rule, self.network(**places), **options)(x, y)
+        assert make_rule(rule, self.network(), **options)(x, y).loss.isfinite()
+
+    def test_a_chain_that_is_read_in_order_may(self):
+        network = self.network(first=True, later=True)
+        torch.testing.assert_close(network(x := torch.randn(4, 5)), network.sequential()(x))
+        assert make_rule("bp", network)(x, torch.arange(4) % 3).loss.isfinite()
