@@ -45,6 +45,7 @@ from hbll.cut import even
 from hbll.data import mnist
 from hbll.data.augment import crop_and_flip
 from hbll.data.cifar import cifar10
+from hbll.data.corpora import CORPORA, encoded
 from hbll.models.convnet import ConvBlock, ConvHead, patch_embed
 from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
 from hbll.train import fit, make_optimizers
@@ -172,14 +173,15 @@ class Characters:
 class Subwords(Characters):
     """WikiText-2 in byte pairs of its training file."""
 
-    files = ("wikitext-2", "wiki.{}.tokens")
+    corpus = "wikitext-2"
 
     @classmethod
     def read(cls, data_dir: Path) -> dict[str, Tensor]:
-        folder, name = data_dir / cls.files[0], cls.files[1]
-        kept = folder / "byte-pairs-2048.safetensors"
+        kept = data_dir / cls.corpus / "byte-pairs-2048.safetensors"
         if not kept.exists():
-            parts = byte_pairs({part: (folder / name.format(part)).read_text() for part in ("train", "valid", "test")})
+            # One more, for the first stands for the start of a text, and these tasks have windows from anywhere.
+            tokens = encoded(CORPORA[cls.corpus], "bytepairs", 2049, data_dir).tokens
+            parts = {part: torch.from_numpy((found - 1).astype(np.int16)) for part, found in tokens.items()}
             whole = kept.with_suffix(".part")
             safetensors.torch.save_file(parts, whole)
             whole.replace(kept)
@@ -190,28 +192,7 @@ class Subwords(Characters):
 class Novels(Subwords):
     """A hundred novels in byte pairs, split by book; held out is the beginning of the validation file."""
 
-    files = ("novels", "novels.{}.txt")
-
-
-def byte_pairs(texts: dict[str, str], vocabulary: int = 2048) -> dict[str, Tensor]:
-    """Texts as numbers of byte pairs, of which the one called train decides; int16, (tokens,) each."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # an extra, which these tasks alone need
-
-    lines = {part: text.splitlines(keepends=True) for part, text in texts.items()}
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(lines["train"], trainer)
-
-    def encoded(found: list[str]) -> Tensor:
-        pieces = [
-            np.fromiter((token for line in tokenizer.encode_batch_fast(some) for token in line.ids), np.int16)
-            for some in (found[a : a + 10000] for a in range(0, len(found), 10000))
-        ]
-        return torch.from_numpy(np.concatenate(pieces))
-
-    return {part: encoded(found) for part, found in lines.items()}
+    corpus = "novels"
 
 
 TASKS = {"images": Images, "plain": Plain, "characters": Characters, "subwords": Subwords, "novels": Novels}

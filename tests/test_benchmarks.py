@@ -137,6 +137,27 @@ class TestLeaderboard:
         assert [row.split(" | ")[3] for row in tables(lines).splitlines()[4:]] == ["90.00", "20.00"]
 
 
+def test_byte_pairs_are_those_of_the_training_file(small_data):
+    import full_depth
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder = small_data / "wikitext-2"
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet, show_progress=False)
+    lines = {part: (folder / f"wiki.{part}.tokens").read_text().splitlines(keepends=True) for part in ("train", "test")}
+    tokenizer.train_from_iterator(lines["train"], trainer)
+    expected = {
+        part: [token for line in found for token in tokenizer.encode(line).ids] for part, found in lines.items()
+    }
+    for _ in range(2):  # made, and kept without the text
+        found = full_depth.Subwords.read(small_data)
+        assert {part: found[part].tolist() for part in expected} == expected
+        for file in folder.glob("*.tokens"):
+            file.unlink()
+
+
 def test_a_run_is_a_line(tmp_path):
     import full_depth
 
