@@ -1,12 +1,14 @@
-"""Kills at random moments: whether runs on several processes end, and go on as if nothing had been.
+"""Kills at random moments: whether runs on several processes end or wait, and go on as if nothing had been.
 
     python benchmarks/kills.py [--kills 30] [--cuts 3,4 2,2,3]
 
 For each cut of a chain of 7 blocks on the embedded digits an undisturbed run is made, a stage a process. Then runs are begun
-alike, and one of their processes, drawn by chance, is killed (SIGKILL) at a moment drawn from the time that the undisturbed
-one took, from the start of its processes to their end. The others have to end by themselves, and the run, taken up again,
-has to come to the undisturbed one's weights, bit by bit, and to its metrics. Exit status 1 if one does not. Runs are those
-of the command line, which needs its extra: pip install "hbll[cli]".
+alike, and one of their processes, drawn by chance, is killed (SIGKILL). Of five kills one comes before the first epoch is
+done, imports included; the others in an epoch, and at a moment of it, that are drawn from all alike. Runs go on in two
+ways: either the other processes have to end by themselves, and all are started again, or they wait (--wait-for-stages) and
+the killed one alone is started again, after a pause of up to 5 seconds. Then the run has to come to the undisturbed one's
+weights, bit by bit, and to its metrics. Exit status 1 if one does not. Runs are those of the command line, which needs its
+extra: pip install "hbll[cli]".
 """
 
 import argparse
@@ -14,37 +16,53 @@ import itertools
 import json
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 TIMEOUT = 30
 """Seconds for which stages wait for each other."""
 
-PATIENCE = 2 * TIMEOUT
-"""Seconds after a kill by which all have to have ended."""
+PATIENCE = 3 * TIMEOUT
+"""Seconds after a kill by which all have to have ended, those that were still to meet included; or for which they wait."""
+
+LIMIT = 600
+"""Seconds after which a run that has not ended hangs."""
+
+WAYS = ("early", "together", "alone", "together", "alone")
+"""In turn: killed at the start; or in training, after which all are started again or the killed one alone."""
 
 
-def start(sizes: Sequence[int], folder: Path, epochs: int, resume: bool) -> list[subprocess.Popen]:
-    """The processes of a run, a stage each, and what they write in files beside its folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": str(len(sizes)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "hbll", "train", "digits", "--run-dir", folder, "--timeout", TIMEOUT]
-    begun = ["--rule", "stream", "--refresh", 5, "--width", 32, "--stage", *sizes, "--epochs", epochs]
-    command += ["--resume"] if resume else [*begun, "--schedule", "cosine", "--parallel", "stages"]
+class Undisturbed(NamedTuple):
+    """The run that others are to come to."""
+
+    options: list[Any]
+    """Of its command."""
+    sizes: list[int]
+    """Blocks of its stages."""
+    epochs: int
+    start_seconds: float
+    """Until its first epoch is done."""
+    epoch_seconds: float
+    outcome: tuple[bytes, list[dict]]
+
+
+def start(folder: Path, world: int, ranks: Sequence[int], port: int, *options: Any) -> list[subprocess.Popen]:
+    """Some processes of a run, a stage each, and what they write in files beside its folder."""
+    told = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "hbll", "train", "digits", "--run-dir", folder, "--timeout", TIMEOUT, *options]
     processes = []
-    for rank in range(len(sizes)):
-        with open(f"{folder}-{rank}.txt", "w") as said:
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(len(sizes))}
-            words = [str(word) for word in command]
-            processes.append(subprocess.Popen(words, env=os.environ | told | own, stdout=said, stderr=said))
+    for rank in ranks:
+        own = told | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+        environment = os.environ | {name: str(value) for name, value in own.items()}
+        with open(f"{folder}-{rank}.txt", "a") as said:
+            processes.append(
+                subprocess.Popen([str(word) for word in command], env=environment, stdout=said, stderr=said)
+            )
     return processes
 
 
@@ -62,6 +80,23 @@ def ended(processes: Sequence[subprocess.Popen], seconds: float) -> list[int | N
     return codes
 
 
+def free_port(draw: random.Random) -> int:
+    """Below those that are given to connections, one of which might have it when a process comes again."""
+    return draw.randrange(20_000, 30_000)
+
+
+def epochs_done(folder: Path) -> int:
+    lines = folder / "metrics.jsonl"
+    return lines.read_bytes().count(b"\n") if lines.exists() else 0
+
+
+def wait_for_epoch(folder: Path, epoch: int, processes: Sequence[subprocess.Popen]) -> float:
+    """The moment when a run has done an epoch, or one of its processes has ended."""
+    while epochs_done(folder) < epoch and all(process.poll() is None for process in processes):
+        time.sleep(0.002)
+    return time.monotonic()
+
+
 def outcome(folder: Path) -> tuple[bytes, list[dict]]:
     """The model's weights, and the metrics but for the time they took."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -69,22 +104,55 @@ def outcome(folder: Path) -> tuple[bytes, list[dict]]:
     return (folder / "model" / "weights.safetensors").read_bytes(), kept
 
 
-def disturbed(sizes: Sequence[int], folder: Path, epochs: int, took: float, draw: random.Random) -> tuple[str, bool]:
-    """Kills a process of a run and takes the run up again; what happened, and whether a process was killed at all."""
-    processes = start(sizes, folder, epochs, resume=False)
-    victim, moment = draw.randrange(len(sizes)), draw.uniform(0, took)
-    time.sleep(moment)
+def undisturbed(folder: Path, sizes: list[int], epochs: int, port: int) -> Undisturbed:
+    options = ["--rule", "stream", "--refresh", 5, "--width", 32, "--stage", *sizes, "--epochs", epochs]
+    options += ["--schedule", "cosine", "--parallel", "stages"]
+    began = time.monotonic()
+    processes = start(folder, len(sizes), range(len(sizes)), port, *options)
+    first, last = (wait_for_epoch(folder, epoch, processes) for epoch in (1, epochs))
+    codes = ended(processes, LIMIT)
+    if any(code != 0 for code in codes):
+        raise SystemExit(f"the undisturbed run ended with {codes}")
+    return Undisturbed(options, sizes, epochs, first - began, (last - first) / (epochs - 1), outcome(folder))
+
+
+def disturbed(whole: Undisturbed, folder: Path, way: str, draw: random.Random) -> tuple[str, bool, bool]:
+    """Kills a process of a run and takes the run up again.
+
+    Returns:
+        What happened, whether a process was killed at all, and whether all of them ended as they should.
+    """
+    world, port = len(whole.sizes), free_port(draw)
+    options = [*whole.options, *(["--wait-for-stages", PATIENCE] if way == "alone" else [])]
+    processes = start(folder, world, range(world), port, *options)
+    victim = draw.randrange(world)
+    if way == "early":
+        time.sleep(draw.uniform(0, whole.start_seconds))
+    else:
+        wait_for_epoch(folder, draw.randrange(1, whole.epochs), processes)
+        time.sleep(draw.uniform(0, whole.epoch_seconds))
     hit = processes[victim].poll() is None
-    processes[victim].send_signal(signal.SIGKILL)
-    codes = ended(processes, PATIENCE)
-    lines = folder / "metrics.jsonl"
-    seen = lines.read_bytes().count(b"\n") if lines.exists() else 0
-    said = f"stage {victim + 1} at {moment:.2f} s, after {seen} epochs: exit codes {codes}"
-    others = [code for rank, code in enumerate(codes) if rank != victim]
-    if hit and any(code not in (0, 2) for code in others):
-        return f"{said}, which should be 2", hit
-    resumed = ended(start(sizes, folder, epochs, resume=(folder / "configuration.json").exists()), 10 * PATIENCE)
-    return (f"{said}; taken up again: {resumed}" if any(resumed) or None in resumed else said), hit
+    processes[victim].kill()
+    processes[victim].wait()
+    said = f"stage {victim + 1} after {epochs_done(folder)} of {whole.epochs} epochs"
+    if way == "alone":
+        time.sleep(draw.uniform(0, 5))
+        (processes[victim],) = start(folder, world, [victim], port, *options, "--resume")
+        codes = ended(processes, LIMIT)
+        if all(code == 0 for code in codes):
+            return f"{said}, started again alone", hit, True
+        said = f"{said}, started again alone: exit codes {codes}"
+        others = [code for rank, code in enumerate(codes) if rank != victim]
+        if None in codes or 0 not in others:  # of which one that has come to its end cannot wait
+            return said, hit, False
+    else:
+        codes = ended(processes, PATIENCE)
+        said = f"{said}: exit codes {codes}"
+        if hit and any(code not in (0, 2) for rank, code in enumerate(codes) if rank != victim):
+            return said, hit, False
+    again = ["--resume"] if (folder / "configuration.json").exists() else []
+    codes = ended(start(folder, world, range(world), free_port(draw), *whole.options, *again), LIMIT)
+    return f"{said}, all started again", hit, all(code == 0 for code in codes)
 
 
 def main() -> None:
@@ -95,28 +163,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
-    cuts = [[int(size) for size in cut.split(",")] for cut in options.cuts]
     wrong = 0
     with tempfile.TemporaryDirectory() as place:
-        for index, sizes in enumerate(cuts):
-            whole = Path(place) / f"whole-{index}"
-            began = time.monotonic()
-            codes = ended(start(sizes, whole, options.epochs, resume=False), 10 * PATIENCE)
-            took = time.monotonic() - began
-            if any(codes) or None in codes:
-                raise SystemExit(f"the undisturbed run ended with {codes}")
-            kills = 0
-            for attempt in itertools.count():
-                if kills == options.kills // len(cuts) + (index < options.kills % len(cuts)):
-                    break
-                folder = Path(place) / f"killed-{index}-{attempt}"
-                said, hit = disturbed(sizes, folder, options.epochs, took, draw)
-                if not hit:
-                    continue  # it had come to its end before
-                kills += 1
-                right = (folder / "model").exists() and outcome(folder) == outcome(whole)
+        for index, cut in enumerate(options.cuts):
+            sizes = [int(size) for size in cut.split(",")]
+            whole = undisturbed(Path(place) / f"whole-{index}", sizes, options.epochs, free_port(draw))
+            for kill in range(options.kills // len(options.cuts) + (index < options.kills % len(options.cuts))):
+                way = WAYS[kill % len(WAYS)]
+                for attempt in itertools.count():
+                    folder = Path(place) / f"killed-{index}-{kill}-{attempt}"
+                    said, hit, right = disturbed(whole, folder, way, draw)
+                    if hit:  # else it had come to its end before
+                        break
+                right = right and outcome(folder) == whole.outcome
                 wrong += not right
-                print(f"{sizes}, kill {kills}: {said}: {'equal' if right else 'NOT EQUAL'}", flush=True)
+                print(f"{sizes}, kill {kill + 1}, {way}: {said}: {'equal' if right else 'WRONG'}", flush=True)
     print(f"{options.kills} kills, {wrong} not as they should be")
     sys.exit(wrong > 0)
 

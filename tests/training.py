@@ -30,6 +30,7 @@ for line in sys.stdin:
         print(pid, flush=True)
         continue
     os.environ.update(job["environment"])
+    sys.orig_argv = [sys.executable, "-m", "hbll", *job["arguments"]]
     for number in (1, 2):
         os.dup2(os.open(job["files"][number - 1], os.O_WRONLY | os.O_CREAT), number)
     code = 1

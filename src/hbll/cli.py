@@ -71,12 +71,18 @@ class TrainOptions(Generic[RecipeT]):
     timeout: float = 30.0
     """Of several processes: seconds for which one waits for another before it ends, longer than any step takes."""
 
+    wait_for_stages: float | None = None
+    """Of several processes that were started one by one: seconds for which they wait at the start until all are there, and
+    for a lost one until it is started again with --resume (they end)."""
+
     backend: Literal["gloo", "nccl"] | None = None
     """What carries messages between processes (nccl where each of a machine has a GPU of its own, else gloo)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout < 10**9:
             raise ValueError(f"--timeout must be above 0 and below 10^9 seconds, not {self.timeout}")
+        if self.wait_for_stages is not None and not 1 <= self.wait_for_stages < 10**9:
+            raise ValueError(f"--wait-for-stages must be at least 1 and below 10^9 seconds, not {self.wait_for_stages}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +249,8 @@ def train(arguments: Sequence[str]) -> None:
     name = f"{recipe.name}-{options.method}-s{options.seed}"
     if options.parallel != "none":
         _train_parallel(options, name)
+    if options.wait_for_stages is not None:
+        raise ValueError("--wait-for-stages is of several processes: leave it out, or give --parallel stages or data")
     options.recipe.check([options.method])
     with _folder(options.run_dir, name) as folder:
         train_shown(_run_of(options, folder), resume=options.resume)
@@ -253,14 +261,19 @@ def _train_parallel(options: Any, name: str) -> NoReturn:
     from hbll.distributed.launch import first_says, join, rank_of
     from hbll.train.console import train_shown
     from hbll.train.parallel import apart, train_parallel
+    from hbll.train.waiting import waiting
 
     options = replace(options, recipe=apart(options.recipe, options.method, options.parallel))
     options.recipe.check([options.method])
     leads = rank_of(os.environ) == 0
+    patience = options.wait_for_stages
 
     def work() -> None:
-        with _folder(options.run_dir, name) if leads else contextlib.nullcontext() as folder:
-            join(options.timeout, options.backend)
+        with (
+            _folder(options.run_dir, name) if leads else contextlib.nullcontext() as folder,
+            waiting(patience, options.run_dir, options.resume) if patience else contextlib.nullcontext(),
+        ):
+            join(options.timeout, options.backend, patience)
             run = _run_of(options, options.run_dir or first_says(folder))
             if leads:
                 train_shown(run, resume=options.resume, by=train_parallel)

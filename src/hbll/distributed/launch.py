@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from hbll.distributed.link import lost
+from hbll.distributed.rollcall import roll_call
 
 __all__ = ["Backend", "all_say", "first_says", "join", "rank_of", "wait_for_all"]
 
@@ -41,15 +42,18 @@ def rank_of(environment: Mapping[str, str]) -> int:
     return rank
 
 
-def join(seconds: float, backend: Backend | None = None) -> None:
+def join(seconds: float, backend: Backend | None = None, patience: float | None = None) -> None:
     """Joins the other processes, and takes a GPU where there is one.
 
     Args:
         seconds: for which a process waits for another one, here and in all that follows.
         backend: what carries messages; by default nccl where every process of the machine has a GPU of its own, else gloo.
+        patience: seconds for which the processes wait here, instead, for such as may end meanwhile and come again.
 
     Raises:
         ValueError: nccl without enough GPUs; the processes do not come together, or another program listens at their port.
+        TimeoutError: with ``patience``, the processes do not come together.
+        ConnectionError: with ``patience``, one of them was lost when all had come.
     """
     rank, gpus = rank_of(os.environ), torch.cuda.device_count()
     place, beside = (int(os.environ.get(f"LOCAL_{name}", os.environ[name])) for name in ("RANK", "WORLD_SIZE"))
@@ -63,27 +67,37 @@ def join(seconds: float, backend: Backend | None = None) -> None:
     # Of groups that are made later, which do not ask the first one.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     chosen = backend or ("nccl" if 0 < beside <= gpus else "gloo")
-    failed: list[BaseException] = []
+    failed: list[Exception] = []
 
     def meet() -> None:
         try:
-            dist.init_process_group(chosen, timeout=limit)
-        except (RuntimeError, ValueError) as error:
+            if patience is None:
+                dist.init_process_group(chosen, timeout=limit)
+                return
+            world, host, port = (os.environ[name] for name in VARIABLES[1:])
+            with lost("another process"):
+                store = roll_call(rank, int(world), host, int(port), patience, limit)
+                dist.init_process_group(chosen, timeout=limit, store=store, rank=rank, world_size=int(world))
+        except (RuntimeError, ValueError, OSError, OverflowError) as error:  # the last of a port beyond all
             failed.append(error)
 
     # Beside the main thread: what takes the connection and never answers is waited for without a limit.
     meeting = threading.Thread(target=meet, daemon=True)
     meeting.start()
-    meeting.join(2 * seconds)
+    meeting.join(2 * seconds + (patience or 0))
     if meeting.is_alive():
         failed.append(TimeoutError("there was no answer"))
     if failed:
-        raise ValueError(_not_joined(rank, seconds, str(failed[0]))) from failed[0]
+        error = failed[0]
+        if isinstance(error, ConnectionError):
+            raise error
+        kind = TimeoutError if patience and isinstance(error, TimeoutError) else ValueError
+        raise kind(_not_joined(rank, patience or seconds, str(error))) from error
 
 
 def _not_joined(rank: int, seconds: float, reason: str) -> str:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if "EADDRINUSE" in reason:
+    if "address already in use" in reason.lower():
         return f"another program listens at {address}, where the processes were to meet: give another MASTER_PORT"
     first = reason.strip().splitlines()[0]
     return (

@@ -43,6 +43,7 @@ from hbll.train.metrics import Metrics
 from hbll.train.optimizers import make_optimizers
 from hbll.train.run import Parallel, Run, check_folder
 from hbll.train.schedule import scheduler
+from hbll.train.waiting import LostError
 
 
 def train_parallel(
@@ -60,14 +61,14 @@ def train_parallel(
         on_step, on_epoch: as of `hbll.train.loop.train`; `on_epoch` in the first process alone.
 
     Raises:
-        ValueError: as of `train`; the rule is not for processes, or for other ones; or another process is lost, and the
-            sentence names the checkpoint to go on from.
+        ValueError: as of `train`; or the rule is not for processes, or for other ones.
+        LostError: another process is lost; the sentence names the checkpoint to go on from.
         KeyboardInterrupt: Ctrl-C or SIGTERM, likewise.
     """
     leads = dist.get_rank() == 0
     check_folder(run, resume)
     with deferred_interrupt() as interrupted:
-        title, last = "", None
+        title, last, began = "", None, 0
         try:
             splits = run.recipe.splits(run.data_dir).to(device()) if leads else None
             task = first_says(splits and Task.of(run, splits))
@@ -78,7 +79,7 @@ def train_parallel(
                     part.restore()
                 else:
                     part.begin()
-                last = part
+                last, began = part, part.epoch
 
                 def before_step(done: int) -> None:
                     if interrupted():
@@ -92,9 +93,11 @@ def train_parallel(
                 part.end()
         except (ConnectionError, KeyboardInterrupt) as error:
             kept = last.kept if last else f"nothing in {run.folder} has changed"
+            advice = f": start all processes again with --run-dir {run.folder} --resume" if last else ""
             if isinstance(error, KeyboardInterrupt) or interrupted():
-                raise KeyboardInterrupt(f"{title}stopped; {kept}") from error
-            raise ValueError(f"{title}{error}; {kept}") from error
+                raise KeyboardInterrupt(f"{title}stopped; {kept}{advice}") from error
+            advanced = last is not None and last.epoch > began
+            raise LostError(f"{title}{error}; {kept}", advice, run.folder, advanced) from error
 
 
 def apart(recipe: Recipe, method: str, parallel: Parallel) -> Recipe:
@@ -262,8 +265,7 @@ class Part:
     @property
     def kept(self) -> str:
         """The checkpoint to go on from, for people."""
-        again = f"start all processes again with --run-dir {self.run.folder} --resume"
-        return f"its checkpoint {self.file} has seen {self.epoch} epochs: {again}"
+        return f"its checkpoint {self.file} has seen {self.epoch} epochs"
 
     def begin(self) -> None:
         """Makes the folder that of a run."""
