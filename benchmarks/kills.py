@@ -4,25 +4,28 @@
 
 For each cut of a chain of 7 blocks on the embedded digits an undisturbed run is made, a stage a process. Then runs are begun
 alike, and one of their processes, drawn by chance, is killed (SIGKILL). Of five kills one comes before the first epoch is
-done, imports included; the others in an epoch, and at a moment of it, that are drawn from all alike. Runs go on in two
-ways: either the other processes have to end by themselves, and all are started again, or they wait (--wait-for-stages) and
-the killed one alone is started again, after a pause of up to 5 seconds. Then the run has to come to the undisturbed one's
-weights, bit by bit, and to its metrics. Exit status 1 if one does not. Runs are those of the command line, which needs its
-extra: pip install "hbll[cli]".
+done; the others in an epoch, and at a moment of it, that are drawn from all alike. Runs go on in two ways: either the other
+processes have to end by themselves, and all are started again, or they wait (--wait-for-stages) and the killed one alone is
+started again, after a pause of up to 5 seconds. Then the run has to come to the undisturbed one's weights, bit by bit, and
+to its metrics. Exit status 1 if one does not. Runs are those of the command line, which needs its extra: pip install
+"hbll[cli]".
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from hbll import cli
 
 TIMEOUT = 30
 """Seconds for which stages wait for each other."""
@@ -51,32 +54,68 @@ class Undisturbed(NamedTuple):
     outcome: tuple[bytes, list[dict]]
 
 
-def start(folder: Path, world: int, ranks: Sequence[int], port: int, *options: Any) -> list[subprocess.Popen]:
+class Process:
+    """A process of the command line, forked, as imports take longer than what is killed here.
+
+    Args:
+        arguments: of the command.
+        environment: further variables.
+        file: what it writes goes there.
+    """
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], file: Path) -> None:
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.environ.update(environment)
+            sys.orig_argv = [sys.executable, "-m", "hbll", *arguments]  # with which it may begin anew
+            said = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            cli.main(arguments)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has ended."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def kill(self) -> None:
+        """Ends it, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            while self.poll() is None:
+                time.sleep(0.001)
+
+
+def start(folder: Path, world: int, ranks: Sequence[int], port: int, *options: Any) -> list[Process]:
     """Some processes of a run, a stage each, and what they write in files beside its folder."""
     told = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "hbll", "train", "digits", "--run-dir", folder, "--timeout", TIMEOUT, *options]
+    arguments = [str(word) for word in ("train", "digits", "--run-dir", folder, "--timeout", TIMEOUT, *options)]
     processes = []
     for rank in ranks:
-        own = told | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
-        environment = os.environ | {name: str(value) for name, value in own.items()}
-        with open(f"{folder}-{rank}.txt", "a") as said:
-            processes.append(
-                subprocess.Popen([str(word) for word in command], env=environment, stdout=said, stderr=said)
-            )
+        environment = {name: str(value) for name, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(Process(arguments, environment, Path(f"{folder}-{rank}.txt")))
     return processes
 
 
-def ended(processes: Sequence[subprocess.Popen], seconds: float) -> list[int | None]:
+def ended(processes: Sequence[Process], seconds: float) -> list[int | None]:
     """Their exit codes; None, and a kill, for one that hangs."""
-    codes: list[int | None] = []
     until = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < until:
+        time.sleep(0.01)
+    codes = [process.poll() for process in processes]
     for process in processes:
-        try:
-            codes.append(process.wait(max(0, until - time.monotonic())))
-        except subprocess.TimeoutExpired:
-            codes.append(None)
-            process.kill()
-            process.wait()
+        process.kill()
     return codes
 
 
@@ -90,7 +129,7 @@ def epochs_done(folder: Path) -> int:
     return lines.read_bytes().count(b"\n") if lines.exists() else 0
 
 
-def wait_for_epoch(folder: Path, epoch: int, processes: Sequence[subprocess.Popen]) -> float:
+def wait_for_epoch(folder: Path, epoch: int, processes: Sequence[Process]) -> float:
     """The moment when a run has done an epoch, or one of its processes has ended."""
     while epochs_done(folder) < epoch and all(process.poll() is None for process in processes):
         time.sleep(0.002)
@@ -133,7 +172,6 @@ def disturbed(whole: Undisturbed, folder: Path, way: str, draw: random.Random) -
         time.sleep(draw.uniform(0, whole.epoch_seconds))
     hit = processes[victim].poll() is None
     processes[victim].kill()
-    processes[victim].wait()
     said = f"stage {victim + 1} after {epochs_done(folder)} of {whole.epochs} epochs"
     if way == "alone":
         time.sleep(draw.uniform(0, 5))
@@ -159,9 +197,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="of all cuts together")
     parser.add_argument("--cuts", nargs="+", default=["3,4", "2,2,3"], help="blocks of the stages")
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for module in ("hbll.train.console", "hbll.train.parallel", "torch._dynamo"):  # all that takes time to load
+        importlib.import_module(module)
     draw = random.Random(options.seed)
     wrong = 0
     with tempfile.TemporaryDirectory() as place:

@@ -2,19 +2,17 @@
 
 import os
 import signal
+import socket
 import time
-from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from tests.training import Launcher, free_port
 
-from hbll import cli
-from hbll.distributed.rollcall import roll_call
 from hbll.train import checkpoint, metrics
+from hbll.train import waiting as anew
 from hbll.train.run import CONFIGURATION, open_run
-from hbll.train.waiting import TOLD, LostError, waiting
+from hbll.train.waiting import TOLD, TORCHRUN, LostError, waiting
 
 RUN = ["train", "digits", "--blocks", 4, "--width", 16, "--stage", 1, 1, 2, "--train-samples", 300, "--epochs", 30]
 RUN += ["--schedule", "cosine", "--rule", "stream", "--refresh", 3, "--parallel", "stages"]
@@ -94,3 +92,93 @@ def test_what_waits_is_ended_by_sigterm(launcher, tmp_path):
     ended = launcher.wait(pids)
     assert [one.code for one in ended] == [130] * 3, ended
     assert all("waiting" not in one.err for one in ended)
+
+
+LOST = LostError("stage 1: stage 2 ended", ": start all", Path("run"), False)
+TOLD_BEFORE = "stage 1: stage 3 ended: start all"
+
+
+@pytest.mark.parametrize(
+    ("error", "before", "resume", "count", "sentence"),
+    [
+        (LOST, None, False, 1, str(LOST)),
+        (LOST, f"1 {TOLD_BEFORE}", True, 2, str(LOST)),
+        (ConnectionError("another process ended"), f"2 {TOLD_BEFORE}", True, 3, TOLD_BEFORE),
+        (
+            LostError("stage 1: stage 2 ended", "", Path("run"), True),
+            f"3 {TOLD_BEFORE}",
+            True,
+            1,
+            "stage 1: stage 2 ended",
+        ),
+    ],
+)
+def test_a_process_that_loses_another_one_begins_anew(tmp_path, monkeypatch, error, before, resume, count, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CONFIGURATION).touch()
+    monkeypatch.setenv(TOLD, before) if before else monkeypatch.delenv(TOLD, raising=False)
+    begun = []
+    monkeypatch.setattr(anew, "_begin_anew", begun.append)
+    with waiting(5, Path("run") if resume else None, resume):
+        raise error
+    assert begun == [[] if resume else ["--run-dir", "run", "--resume"]]
+    assert os.environ[TOLD] == f"{count} {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("error", "times", "files", "resume"),
+    [
+        (LOST, 0, [], False),  # before the first checkpoint
+        (LOST, 3, [CONFIGURATION], True),  # too often within an epoch
+        (ConnectionError("another process ended"), 0, [CONFIGURATION], False),  # beside another run
+        (BrokenPipeError(), 0, [CONFIGURATION], True),  # the reader of its output
+    ],
+)
+def test_what_waiting_does_not_help_with_ends_the_process(tmp_path, monkeypatch, error, times, files, resume):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for name in files:
+        (tmp_path / "run" / name).touch()
+    monkeypatch.setenv(TOLD, f"{times} {TOLD_BEFORE}")
+    with pytest.raises(type(error)), waiting(5, Path("run"), resume):
+        raise error
+
+
+SECONDS = "hbll: --wait-for-stages must be at least 1 and below 10^9 seconds, not 0.5\n"
+ALONE = "hbll: --wait-for-stages is of several processes: leave it out, or give --parallel stages or data\n"
+ENDS_ALL = (
+    "hbll: torchrun ends all processes when it loses one, and none can wait: leave --wait-for-stages out, or start them "
+    "one by one\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "sentence"),
+    [
+        ([*RUN, "--wait-for-stages", 0.5], {}, SECONDS),
+        (["train", "digits", "--rule", "bp", "--wait-for-stages", 5], {}, ALONE),
+        ([*RUN, "--wait-for-stages", 5], {TORCHRUN: "none"}, ENDS_ALL),
+    ],
+)
+def test_waiting_is_for_processes_that_were_started_one_by_one(launcher, arguments, environment, sentence):
+    (ended,) = launcher.run(2, *arguments, ranks=[1], **environment)
+    assert (ended.code, ended.err) == (2, sentence)
+
+
+def test_what_never_comes_is_told_and_a_port_in_use(launcher):
+    for rank, reason in ((0, "without rank 1, 2"), (1, "[Errno 111] Connection refused")):
+        port = free_port()
+        (ended,) = launcher.run(3, *RUN, "--wait-for-stages", 1, ranks=[rank], port=port)
+        assert (ended.code, ended.err) == (
+            2,
+            f"hbll: process {rank} of 3 did not meet the others at 127.0.0.1:{port} within 1 seconds: start all of them, "
+            f"with the same address and port ({reason})\n",
+        )
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        (ended,) = launcher.run(3, *RUN, "--wait-for-stages", 5, ranks=[0], port=port)
+    assert (ended.code, ended.err) == (
+        2,
+        f"hbll: another program listens at 127.0.0.1:{port}, where the processes were to meet: give another MASTER_PORT\n",
+    )

@@ -8,7 +8,8 @@ the others, the end of which says that the process has ended.
 import select
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from torch.distributed import TCPStore
@@ -41,34 +42,38 @@ def roll_call(rank: int, world: int, host: str, port: int, seconds: float, timeo
         return TCPStore(host, _called(rank, (host, port), until), world, False, timeout, wait_for_workers=False)
     ipv6 = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ipv6 else socket.AF_INET
-    with socket.create_server(("", port), family=family, dualstack_ipv6=ipv6) as server:
-        there = _all_there(server, world, until)
-    store = TCPStore(host, 0, world, True, timeout, wait_for_workers=False)
-    for connection in there:
-        with connection, suppress(OSError):  # of what has ended just now the group will say so
-            connection.sendall(store.port.to_bytes(4))
+    with (
+        socket.create_server(("", port), family=family, dualstack_ipv6=ipv6) as server,
+        _all_there(server, world, until) as connections,
+    ):
+        store = TCPStore(host, 0, world, True, timeout, wait_for_workers=False)
+        for connection in connections:
+            with suppress(OSError):  # of one that has ended just now, as the group will say
+                connection.sendall(store.port.to_bytes(4))
     return store
 
 
-def _all_there(server: socket.socket, world: int, until: float) -> list[socket.socket]:
-    """Connections to all other processes, each of which has said its rank."""
-    silent: set[socket.socket] = set()
-    ranks: dict[socket.socket, int] = {}
-    while missing := set(range(1, world)).difference(ranks.values()):
-        heard, _, _ = select.select([server, *silent, *ranks], [], [], max(0, until - time.monotonic()))
-        if not heard:
-            raise TimeoutError(f"without rank {', '.join(map(str, sorted(missing)))}")
-        for one in heard:
-            if one is server:
-                silent.add(server.accept()[0])
-                continue
-            silent.discard(one)
-            ranks.pop(one, None)
-            if (rank := _number(one)) in range(1, world):
-                ranks[one] = rank
-            else:  # it has ended, or is a stranger
-                one.close()
-    return list(ranks)
+@contextmanager
+def _all_there(server: socket.socket, world: int, until: float) -> Iterator[Iterable[socket.socket]]:
+    """Connections, among them one to every other process, which has said its rank."""
+    ranks: dict[socket.socket, int | None] = {}
+    try:
+        while missing := set(range(1, world)).difference(ranks.values()):
+            heard, _, _ = select.select([server, *ranks], [], [], max(0, until - time.monotonic()))
+            if not heard:
+                raise TimeoutError(f"without rank {', '.join(map(str, sorted(missing)))}")
+            for one in heard:
+                if one is server:
+                    ranks[server.accept()[0]] = None
+                elif (rank := _number(one)) in range(1, world):
+                    ranks[one] = rank
+                else:  # it has ended, or is a stranger
+                    del ranks[one]
+                    one.close()
+        yield ranks
+    finally:
+        for one in ranks:
+            one.close()
 
 
 def _called(rank: int, address: tuple[str, int], until: float) -> int:
@@ -77,6 +82,7 @@ def _called(rank: int, address: tuple[str, int], until: float) -> int:
     while (left := until - time.monotonic()) > 0:
         try:
             with socket.create_connection(address, timeout=left) as first:
+                reason = "others are missing"
                 first.settimeout(min(SIGN, left))
                 while time.monotonic() < until:
                     first.sendall(rank.to_bytes(4))

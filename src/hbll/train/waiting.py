@@ -65,8 +65,10 @@ def waiting(seconds: float, run_dir: Path | None, resume: bool) -> Iterator[None
         yield
     except TimeoutError as error:
         raise ValueError(sentence or str(error)) from error
+    except BrokenPipeError:  # of whoever reads the output
+        raise
     except ConnectionError as error:
-        what, folder, count = str(error), run_dir, int(times) + 1
+        what, folder, count = str(error), run_dir if resume else None, int(times) + 1
         if isinstance(error, LostError):
             what, folder, sentence, count = error.what, error.folder, str(error), 1 if error.advanced else count
         if folder is None or not (folder / CONFIGURATION).exists() or count > LOSSES:
