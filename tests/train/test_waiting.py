@@ -44,25 +44,25 @@ def outcome(folder):
 
 
 def test_a_run_goes_on_once_those_that_were_lost_are_back(launcher, tmp_path):
-    whole, folder, port = tmp_path / "whole", tmp_path / "run", free_port()
+    whole, folders, port = tmp_path / "whole", [tmp_path / name for name in ("first", "second", "third")], free_port()
     assert [one.code for one in launcher.run(3, *RUN, "--run-dir", whole)] == [0] * 3
-    options = [*RUN, "--run-dir", folder, "--wait-for-stages", 60]
-    first, second, third = launcher.start(3, *options, port=port)
-    wait_for(lambda: begun(folder))
+    options = [*RUN, "--wait-for-stages", 60]
+    first, second, third = launcher.start(3, *options, folders=folders, port=port)
+    wait_for(lambda: begun(folders[0]))
     os.kill(first, signal.SIGKILL)
     wait_for(lambda: all("waiting" in launcher.files[pid][1].read_text() for pid in (second, third)))
     os.kill(third, signal.SIGKILL)  # which waits
-    again = launcher.start(3, *options, "--resume", ranks=[0, 2], port=port)
+    again = launcher.start(3, *options, "--resume", ranks=[0, 2], folders=folders, port=port)
     ended = launcher.wait([second, *again])
     assert [one.code for one in ended] == [0] * 3, ended
     (told,) = ended[0].err.splitlines()
     assert told.startswith("hbll: stage 2: ")
-    assert f"its checkpoint {folder}/stage-2.safetensors has seen " in told
+    assert f"its checkpoint {folders[1]}/stage-2.safetensors has seen " in told
     assert told.endswith(
         "epochs; waiting up to 60 seconds for what is lost: start it again by the same command, with "
-        f"--run-dir {folder} --resume"
+        f"--run-dir {folders[1]} --resume"
     )
-    (weights, lines), (expected, undisturbed) = outcome(folder), outcome(whole)
+    (weights, lines), (expected, undisturbed) = outcome(folders[0]), outcome(whole)
     assert weights.keys() == expected.keys()
     assert all(weights[name].equal(expected[name]) for name in expected)
     assert lines == undisturbed
@@ -70,13 +70,13 @@ def test_a_run_goes_on_once_those_that_were_lost_are_back(launcher, tmp_path):
 
 def test_what_does_not_come_back_is_waited_for_no_longer_than_was_said(launcher, tmp_path):
     folder = tmp_path / "run"
-    pids = launcher.start(3, *RUN, "--run-dir", folder, "--wait-for-stages", 5)
+    pids = launcher.start(3, *RUN, "--run-dir", folder, "--wait-for-stages", 1)
     wait_for(lambda: begun(folder))
     os.kill(pids[1], signal.SIGKILL)
     for n, one in zip((1, 3), launcher.wait([pids[0], pids[2]]), strict=True):
         *_, waits, ends = one.err.splitlines()
         assert one.code == 2
-        assert "; waiting up to 5 seconds" in waits
+        assert "; waiting up to 1 seconds" in waits
         assert ends.startswith(f"hbll: stage {n}: ")
         assert ends.split("; ")[0] == waits.split("; ")[0]
         assert f"its checkpoint {folder}/stage-{n}.safetensors has seen " in ends

@@ -19,7 +19,7 @@ __all__ = ["roll_call"]
 AGAIN = 0.2
 """Seconds after which a process looks again for the first one."""
 
-SIGN = 2.0
+SIGN = 5.0
 """Seconds after which a process that waits says again that it is there: if the machine of the first one is gone, or has come
 back, nothing else would tell."""
 
@@ -81,9 +81,8 @@ def _called(rank: int, address: tuple[str, int], until: float) -> int:
     reason = "the first process does not call"
     while (left := until - time.monotonic()) > 0:
         try:
-            with socket.create_connection(address, timeout=left) as first:
+            with socket.create_connection(address, timeout=min(SIGN, left)) as first:
                 reason = "others are missing"
-                first.settimeout(min(SIGN, left))
                 while time.monotonic() < until:
                     first.sendall(rank.to_bytes(4))
                     with suppress(TimeoutError):
