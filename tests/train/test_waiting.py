@@ -145,6 +145,21 @@ def test_what_waiting_does_not_help_with_ends_the_process(tmp_path, monkeypatch,
         raise error
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (TimeoutError("nobody came"), ValueError, TOLD_BEFORE),
+        (KeyboardInterrupt(), KeyboardInterrupt, TOLD_BEFORE),
+        (KeyboardInterrupt("stage 1: stopped"), KeyboardInterrupt, "stage 1: stopped"),
+    ],
+)
+def test_who_waits_in_vain_says_from_where_to_go_on(monkeypatch, error, kind, sentence):
+    monkeypatch.setenv(TOLD, f"1 {TOLD_BEFORE}")
+    with pytest.raises(kind) as told, waiting(5, Path("run"), True):
+        raise error
+    assert str(told.value) == sentence
+
+
 SECONDS = "hbll: --wait-for-stages must be at least 1 and below 10^9 seconds, not 0.5\n"
 ALONE = "hbll: --wait-for-stages is of several processes: leave it out, or give --parallel stages or data\n"
 ENDS_ALL = (

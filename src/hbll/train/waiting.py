@@ -53,6 +53,7 @@ def waiting(seconds: float, run_dir: Path | None, resume: bool) -> Iterator[None
 
     Raises:
         ValueError: what was lost has not come back, or torchrun has started the process.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, which says from where the run goes on, meanwhile too.
         ConnectionError: another process is lost before the first checkpoint, or too often.
     """
     if TORCHRUN in os.environ:
@@ -65,6 +66,8 @@ def waiting(seconds: float, run_dir: Path | None, resume: bool) -> Iterator[None
         yield
     except TimeoutError as error:
         raise ValueError(sentence or str(error)) from error
+    except KeyboardInterrupt as error:  # which says nothing yet while the process waits
+        raise KeyboardInterrupt(str(error) or sentence) from error
     except BrokenPipeError:  # of whoever reads the output
         raise
     except ConnectionError as error:
