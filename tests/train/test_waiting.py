@@ -14,8 +14,12 @@ from hbll.train import waiting as anew
 from hbll.train.run import CONFIGURATION, open_run
 from hbll.train.waiting import TOLD, TORCHRUN, LostError, waiting
 
-RUN = ["train", "digits", "--blocks", 4, "--width", 16, "--stage", 1, 1, 2, "--train-samples", 300, "--epochs", 30]
+RUN = ["train", "digits", "--blocks", 4, "--width", 16, "--stage", 1, 1, 2, "--train-samples", 300, "--epochs", 60]
 RUN += ["--schedule", "cosine", "--rule", "stream", "--refresh", 3, "--parallel", "stages"]
+
+
+LONG = ["--epochs", 5000]
+"""Of runs that do not come to their end."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def launcher(tmp_path_factory):
 
 
 def wait_for(reached):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -53,7 +57,7 @@ def test_a_run_goes_on_once_those_that_were_lost_are_back(launcher, tmp_path):
     wait_for(lambda: all("waiting" in launcher.files[pid][1].read_text() for pid in (second, third)))
     os.kill(third, signal.SIGKILL)  # which waits
     again = launcher.start(3, *options, "--resume", ranks=[0, 2], folders=folders, port=port)
-    ended = launcher.wait([second, *again])
+    ended = launcher.wait([second, *again], seconds=120)
     assert [one.code for one in ended] == [0] * 3, ended
     (told,) = ended[0].err.splitlines()
     assert told.startswith("hbll: stage 2: ")
@@ -70,10 +74,10 @@ def test_a_run_goes_on_once_those_that_were_lost_are_back(launcher, tmp_path):
 
 def test_what_does_not_come_back_is_waited_for_no_longer_than_was_said(launcher, tmp_path):
     folder = tmp_path / "run"
-    pids = launcher.start(3, *RUN, "--run-dir", folder, "--wait-for-stages", 1)
+    pids = launcher.start(3, *RUN, *LONG, "--run-dir", folder, "--wait-for-stages", 1)
     wait_for(lambda: begun(folder))
     os.kill(pids[1], signal.SIGKILL)
-    for n, one in zip((1, 3), launcher.wait([pids[0], pids[2]]), strict=True):
+    for n, one in zip((1, 3), launcher.wait([pids[0], pids[2]], seconds=120), strict=True):
         *_, waits, ends = one.err.splitlines()
         assert one.code == 2
         assert "; waiting up to 1 seconds" in waits
@@ -85,7 +89,7 @@ def test_what_does_not_come_back_is_waited_for_no_longer_than_was_said(launcher,
 
 def test_what_waits_is_ended_by_sigterm(launcher, tmp_path):
     folder = tmp_path / "run"
-    pids = launcher.start(3, *RUN, "--run-dir", folder, "--wait-for-stages", 60)
+    pids = launcher.start(3, *RUN, *LONG, "--run-dir", folder, "--wait-for-stages", 60)
     wait_for(lambda: begun(folder))
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
