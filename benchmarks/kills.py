@@ -3,12 +3,12 @@
     python benchmarks/kills.py [--kills 30] [--cuts 3,4 2,2,3]
 
 For each cut of a chain of 7 blocks on the embedded digits an undisturbed run is made, a stage a process. Then runs are begun
-alike, and one of their processes, drawn by chance, is killed (SIGKILL). Of five kills one comes before the first epoch is
-done; the others in an epoch, and at a moment of it, that are drawn from all alike. Runs go on in two ways: either the other
-processes have to end by themselves, and all are started again, or they wait (--wait-for-stages) and the killed one alone is
-started again, after a pause of up to 5 seconds. Then the run has to come to the undisturbed one's weights, bit by bit, and
-to its metrics. Exit status 1 if one does not. Runs are those of the command line, which needs its extra: pip install
-"hbll[cli]".
+alike, and one of their processes, drawn by chance, is killed (SIGKILL). Of five kills one comes in the time that the
+undisturbed run took until its first epoch was done; the others in an epoch, and at a moment of it, that are drawn from all
+alike. Runs go on in two ways: either the other processes have to end by themselves, and all are started again, or they wait
+(--wait-for-stages) and the killed one alone is started again, after a pause of up to 5 seconds. Then the run has to come to
+the undisturbed one's weights, bit by bit, and to its metrics. Exit status 1 if one does not. Runs are those of the command
+line, which needs its extra: pip install "hbll[cli]".
 """
 
 import argparse
