@@ -129,10 +129,10 @@ class TestLeaderboard:
         ]
 
     def test_of_accuracies_the_highest_comes_first(self):
-        from leaderboard import best_rate, tables
+        from leaderboard import scores, tables
 
         lines = [line(0.1, 0, 0.7, 0.1, metric="accuracy"), line(0.2, 0, 0.8, 0.2, metric="accuracy")]
-        assert best_rate(lines) == (0.2, True)
+        assert scores(lines) == {0.1: 0.7, 0.2: 0.8}
         lines.append(line(0.2, 0, 0.1, 0.9, metric="accuracy", rule="stream"))
         assert [row.split(" | ")[3] for row in tables(lines).splitlines()[4:]] == ["90.00", "20.00"]
 
