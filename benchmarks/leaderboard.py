@@ -51,7 +51,9 @@ def scores(runs: list[dict]) -> dict[float, float]:
     """By learning rate the mean on held-out samples, over the seeds that all rates have."""
     by_rate = groups(runs, "rate")
     seeds = set.intersection(*({run["seed"] for run in tried} for tried in by_rate.values()))
-    return {rate: score([run for run in tried if run["seed"] in seeds], "held_out") for (rate,), tried in by_rate.items()}
+    return {
+        rate: score([run for run in tried if run["seed"] in seeds], "held_out") for (rate,), tried in by_rate.items()
+    }
 
 
 def row(runs: list[dict], exact: dict | None) -> tuple[float, str]:
