@@ -256,7 +256,7 @@ class TestWorkers:
             reproduce(endless, workers=2, on_run=begun.append, on_step=press)
         states = {run.folder: run.load_checkpoint() for run in begun}
         stood = {folder: state["epoch"] * steps_of[folder] + state["position"] for folder, state in states.items()}
-        assert list(stood.values()) > [0, 0]
+        assert sum(stood.values()) > 0
 
         def stop(run, done, steps):
             assert done == stood[run.folder]
