@@ -201,7 +201,9 @@ class TestVision:
 
     def test_it_needs_nothing_of_the_command_line(self):
         hidden = ["rich", "tyro", "matplotlib", "sklearn", "tokenizers"]
-        code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); sys.path.insert(0, {str(BENCHMARKS)!r}); import vision"
+        code = (
+            f"import sys; sys.modules |= dict.fromkeys({hidden}); sys.path[:0] = [{str(BENCHMARKS)!r}]; import vision"
+        )
         subprocess.run([sys.executable, "-c", code], check=True)
 
 
