@@ -24,6 +24,7 @@ from hbll.reproduce import TABLES, Reproduction, reproduce
 from hbll.reproduce.reproduction import columns, texts, write_results
 from hbll.reproduce.tables import CORPORA, language
 from hbll.train import metrics
+from hbll.train.interrupt import SIGNALS
 from hbll.train.loop import train
 from hbll.train.metrics import Metrics
 from hbll.train.run import Run, open_run
@@ -32,7 +33,8 @@ from hbll.train.run import Run, open_run
 @contextmanager
 def limited(minutes: float) -> Iterator[None]:
     """After so many minutes inside it is as if Ctrl-C were pressed, which saves what is under way; then a line says so."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from its jobs in the background
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)  # which a shell takes from its jobs in the background
     timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), os.kill, [os.getpid(), signal.SIGINT])
     timer.daemon = True
     try:
