@@ -51,6 +51,7 @@ from hbll.models.gpt import GPTBlock, GPTEmbed, GPTHead
 from hbll.train import fit, make_optimizers
 from hbll.train.memory import step_memory
 from hbll.train.optimizers import OPTIMIZERS
+from hbll.train.rates import MOST_RATES, best_rate, next_rate
 
 WORDS: dict[str, dict[str, Any]] = {
     "head": {"readout": "head"},
@@ -317,16 +318,14 @@ class Study:
         """All of them; of a run that fails the error is printed, and what there is is kept."""
         first, *others = self.options.seeds
         found: list[dict[str, Any]] = []
-        rates = sorted(self.options.rates)
+        due = sorted(self.options.rates)
         try:
-            while rates:
-                found += self.all_lines(rates, [first])
-                best, edge = leaderboard.best_rate(found)
-                tried = {line["rate"] for line in found}
-                beyond = best * 2 if best == max(tried) else best / 2
-                rates = (
-                    [beyond] if edge and len(self.options.rates) > 1 and len(tried) < self.options.most_rates else []
-                )
+            while due:
+                found += self.all_lines(due, [first])
+                scores = leaderboard.scores(found)
+                beyond = next_rate(scores, self.options.most_rates)
+                due = [] if beyond is None else [beyond]
+            best, _ = best_rate(scores)
             found += self.all_lines([best], others)
         except Exception as error:  # one arm that fails must not take the others with it
             print(self.base, error.__cause__ or error, flush=True)
@@ -340,7 +339,7 @@ def main() -> None:
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["adamw"])
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
     parser.add_argument(
-        "--most-rates", type=int, default=7, help="that are tried of an arm, if the best is at the edge"
+        "--most-rates", type=int, default=MOST_RATES, help="that are tried of an arm, if the best is at the edge"
     )
     parser.add_argument("--blocks", type=int, nargs="+", default=[7])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

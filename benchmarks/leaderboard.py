@@ -14,6 +14,8 @@ from pathlib import Path
 
 import ledger
 
+from hbll.train import rates
+
 SETTING = ("task", "blocks", "width", "samples", "batch_size", "steps", "augment")
 
 INTRODUCTION = """# Leaderboard
@@ -45,20 +47,18 @@ def score(runs: list[dict], part: str) -> float:
     return -math.inf if math.isnan(mean) else mean if accuracy(runs[0]) else -mean
 
 
-def best_rate(runs: list[dict]) -> tuple[float, bool]:
-    """The learning rate of the best mean on held-out samples, over the seeds of all rates, and whether it is at the edge."""
-    rates = groups(runs, "rate")
-    seeds = set.intersection(*({run["seed"] for run in tried} for tried in rates.values()))
-    scores = {
-        rate: score([run for run in tried if run["seed"] in seeds], "held_out") for (rate,), tried in rates.items()
+def scores(runs: list[dict]) -> dict[float, float]:
+    """By learning rate the mean on held-out samples, over the seeds that all rates have."""
+    by_rate = groups(runs, "rate")
+    seeds = set.intersection(*({run["seed"] for run in tried} for tried in by_rate.values()))
+    return {
+        rate: score([run for run in tried if run["seed"] in seeds], "held_out") for (rate,), tried in by_rate.items()
     }
-    chosen = max(scores, key=scores.__getitem__)
-    return chosen, chosen in (min(scores), max(scores))
 
 
 def row(runs: list[dict], exact: dict | None) -> tuple[float, str]:
     """The row of a rule and optimizer, and what it is sorted by."""
-    rate, edge = best_rate(runs)
+    rate, edge = rates.best_rate(scores(runs))
     found = [run for run in runs if run["rate"] == rate]
     first = found[0]
     shown = ledger.mean_and_spread([100 * run["test"] if accuracy(run) else math.exp(run["test"]) for run in found])

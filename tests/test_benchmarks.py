@@ -8,13 +8,18 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tests.networks import mlp
 
+from hbll.reproduce import Reproduction, Table
+from hbll.reproduce.tables import Figure, Row, training
 from hbll.rules import RULES
+from hbll.train import metrics
+from hbll.train.run import open_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -129,10 +134,10 @@ class TestLeaderboard:
         ]
 
     def test_of_accuracies_the_highest_comes_first(self):
-        from leaderboard import best_rate, tables
+        from leaderboard import scores, tables
 
         lines = [line(0.1, 0, 0.7, 0.1, metric="accuracy"), line(0.2, 0, 0.8, 0.2, metric="accuracy")]
-        assert best_rate(lines) == (0.2, True)
+        assert scores(lines) == {0.1: 0.7, 0.2: 0.8}
         lines.append(line(0.2, 0, 0.1, 0.9, metric="accuracy", rule="stream"))
         assert [row.split(" | ")[3] for row in tables(lines).splitlines()[4:]] == ["90.00", "20.00"]
 
@@ -156,6 +161,50 @@ def test_byte_pairs_are_those_of_the_training_file(small_data):
         assert {part: found[part].tolist() for part in expected} == expected
         for file in folder.glob("*.tokens"):
             file.unlink()
+
+
+class TestVision:
+    """The paper's tables where there is no command line."""
+
+    @pytest.fixture
+    def reproduction(self, tmp_path):
+        one, other = (training("digits", rule, blocks=1) for rule in ("paper", "bp"))
+        rows = (Row("", "paper", (Figure(one, "chain", 90.5),)), Row("", "bp", (Figure(other),)))
+        table = Table("Digits", "accuracy", ("chain",), rows, "")
+        options = {"width": 8, "epochs": 1, "train_samples": 128, "validation_samples": 100}
+        return Reproduction(table=table, folder=tmp_path, rates=[1e-3], options=options)
+
+    def test_a_table_is_printed(self, reproduction, capsys):
+        from vision import reproduce_for
+
+        title, blank, head, line, *rows = reproduce_for(reproduction, workers=1, minutes=9).splitlines()
+        assert (title, blank) == ("## Digits, scale small: 2 of 2 runs", "")
+        assert head == "| rule | rate | chain | paper |"
+        assert line == "| --- | --- | --- | --- |"
+        found = [
+            one["figures"][0]["measured"][0]
+            for one in json.loads((reproduction.folder / "table.json").read_text())["rows"]
+        ]
+        assert rows == [f"| paper | 0.001* | {found[0]:.2f} | 90.50 |", f"| bp | 0.001* | {found[1]:.2f} |  |"]
+        assert "digits-bp-blocks-1-learning-rate-0.001-s0: " in capsys.readouterr().out
+
+    def test_after_its_time_it_is_saved_and_what_there_is_is_printed(self, reproduction, capsys):
+        from vision import reproduce_for
+
+        endless = replace(reproduction, options={**reproduction.options, "epochs": 10**6})
+        text = reproduce_for(endless, workers=1, minutes=0.01)
+        assert text.splitlines()[0].endswith(": 0 of 2 runs")
+        assert text.splitlines()[-1] == "| bp | 0.001* |  |  |"
+        assert "stopped and saved" in capsys.readouterr().out
+        (run,) = [open_run(path) for path in endless.folder.iterdir() if path.is_dir()]
+        assert run.load_checkpoint()["epoch"] == len(metrics.read(run.metrics_file))
+
+    def test_it_needs_nothing_of_the_command_line(self):
+        hidden = ["rich", "tyro", "matplotlib", "sklearn", "tokenizers"]
+        code = (
+            f"import sys; sys.modules |= dict.fromkeys({hidden}); sys.path[:0] = [{str(BENCHMARKS)!r}]; import vision"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_run_is_a_line(tmp_path):

@@ -25,6 +25,8 @@ NEEDS_A_RECIPE = f"hbll train needs the name of a recipe first: {', '.join(RECIP
 
 NEEDS_A_TABLE = "hbll reproduce needs a table first: " + ", ".join(f"table{number}" for number in range(1, 10))
 
+SPEED = "--rates are for how good networks get, and this table is of speed: leave them out"
+
 
 @pytest.fixture
 def hbll(capsys, monkeypatch, tmp_path):
@@ -63,7 +65,7 @@ def trained(tmp_path_factory):
         (["evaluate", "--help"], ["--path", "--paths", "--exits", "--best", "--json"]),
         (["generate", "--help"], ["--prompt", "--draft", "--num-draft-tokens", "--temperature", "--seed"]),
         (["train", "cifar10-vit", "--help"], ["--preset", "--missing", "--label-noise", "--rand-augment"]),
-        (["reproduce", "--help"], ["TABLE", "--scale", "--rules", "--corpus"]),
+        (["reproduce", "--help"], ["TABLE", "--scale", "--rules", "--rates", "--workers", "--corpus"]),
         (["report", "--help"], ["FOLDER"]),
         (["plan", "digits", "--help"], ["--devices", "--mbit", "--delay-ms", "--memory-mib", "--refresh", "--plot"]),
         (["sublinear", "--help"], ["bench", "fit"]),
@@ -117,6 +119,9 @@ def test_help(hbll, arguments, said):
         ("reproduce table2 --rules papr", "unknown rule of this table 'papr'; did you mean paper?"),
         ("reproduce table2 --corpus novels", "--corpus is of table5 alone: leave it out"),
         ("reproduce table2 --epochs 0", "--epochs must be at least 1, not 0"),
+        ("reproduce table2 --rates 0.1 0", "--rates must be above 0 and finite, not 0.0"),
+        ("reproduce table9 --rates 0.1", SPEED),
+        ("reproduce table2 --workers 0", "--workers must be at least 1, not 0"),
         ("sublinear", "hbll sublinear needs an action first: bench, fit"),
         ("sublinear bensh", "unknown action 'bensh'; did you mean bench?"),
         ("sublinear bench --widht 8", "unknown option '--widht'; did you mean --width?"),
@@ -579,10 +584,10 @@ def test_a_table_is_made_and_shown_beside_the_papers(hbll, small_data):
     assert code == 0
     header, row, page = out.splitlines()
     assert header.split() == ["rule", *(word for path in PATHS for word in (*path.split(), "paper"))]
-    assert row.split()[0] == "greedy"
     assert page == "page: runs/table2-small/report.html"
+    assert " ".join(row.split()[:4]) == "greedy (stage 3 4)"
     (measured,) = json.loads(hbll(*arguments, "--json")[1])["rows"]
-    assert [f"{value:.2f}" for figure in measured["figures"] for value in figure["measured"]] == row.split()[1:]
+    assert [f"{value:.2f}" for figure in measured["figures"] for value in figure["measured"]] == row.split()[4:]
 
 
 def test_a_table_that_cannot_be_made_says_why(hbll, small_data):

@@ -192,7 +192,7 @@ def test_architectures_are_grouped():
     expected = [
         {positions[i] for i in group} for group in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12], [13], [14])
     ]
-    groups = [set(group) for group in engine.groups(range(1, 16))]
+    groups = [set(group) for group in engine.groups(range(1, 16), [x] * 15)]
     assert sorted(map(sorted, groups)) == sorted(map(sorted, expected))
 
 
@@ -488,6 +488,19 @@ class TestChoice:
         x = torch.randn(BATCH, 1, 5, 5)
         assert make_rule("paper", depthwise)(x, torch.arange(BATCH)).engine == "loop"
 
+    @pytest.mark.parametrize("rule", ["paper", "scan", "stream"])
+    def test_large_states_on_a_cpu_are_looped(self, rule):
+        torch.manual_seed(0)
+        net = Chain(nn.Linear(2, 8), [Dense(8) for _ in range(3)], nn.Linear(8, CLASSES))
+        rules = {engine: make_rule(rule, net, stage=1, engine=engine) for engine in ("auto", "batched", "loop")}
+        for samples, chosen in ((2**11, "batched"), (2**11 + 1, "loop")):
+            x, y = torch.randn(samples, 2), torch.arange(samples) % CLASSES
+            work = {engine: [one(x, y) for _ in range(4)][-1] for engine, one in rules.items()}
+            assert work["auto"].engine == chosen
+            assert work["batched"].engine == "batched"
+            assert work["auto"].work == work[chosen].work
+            torch.testing.assert_close(work["auto"].loss, work["loop"].loss)
+
     def test_the_users_choice_is_kept(self):
         net, x, y = network(Dense)
         for engine in ("loop", "batched"):
@@ -602,6 +615,8 @@ class TestContext:
 class TestGroups:
     """What one call evaluates together."""
 
+    states = (torch.zeros(BATCH, WIDTH),) * 4
+
     def test_states_of_unlike_shape_are_apart(self):
         net, *_ = network(Dense, 4)
         engine = engine_of(net)
@@ -622,29 +637,29 @@ class TestGroups:
         for block in net.blocks[:2]:
             block.compile(backend=backend)
         rule = make_rule("tree", net, engine="batched")
-        assert rule.evaluated.engine.groups([1, 2, 3, 4]) == [(1,), (2,), (3, 4)]
+        assert rule.evaluated.engine.groups([1, 2, 3, 4], self.states) == [(1,), (2,), (3, 4)]
         for name, gradient in stepped(rule, x, y)[1].items():
             torch.testing.assert_close(gradient, expected[name])
         assert called
 
     def test_stages_may_be_compiled_when_the_engine_is_there(self):
         rule = make_rule("tree", network(Dense, 4)[0], engine="batched")
-        assert rule.evaluated.engine.groups([1, 2, 3, 4]) == [(1, 2, 3, 4)]
+        assert rule.evaluated.engine.groups([1, 2, 3, 4], self.states) == [(1, 2, 3, 4)]
         for stage in rule.stages[:2]:
             stage.compile(backend="eager")
-        assert rule.evaluated.engine.groups([1, 2, 3, 4]) == [(1,), (2,), (3, 4)]
+        assert rule.evaluated.engine.groups([1, 2, 3, 4], self.states) == [(1,), (2,), (3, 4)]
 
     def test_modes_are_those_of_the_day(self):
         net, *_ = network(Dropped, 4)
         engine = engine_of(net)
-        assert engine.groups([1, 2, 3, 4]) == [(1, 2, 3, 4)]
+        assert engine.groups([1, 2, 3, 4], self.states) == [(1, 2, 3, 4)]
         net.blocks[2].drop.eval()
-        assert engine.groups([1, 2, 3, 4]) == [(1, 2, 4), (3,)]
+        assert engine.groups([1, 2, 3, 4], self.states) == [(1, 2, 4), (3,)]
 
     def test_frozen_blocks_are_stacked_with_others(self):
         net, x, y = network(Dense, 3)
         net.blocks[0].requires_grad_(False)
-        assert engine_of(net).groups([1, 2, 3]) == [(1, 2, 3)]
+        assert engine_of(net).groups([1, 2, 3], self.states[:3]) == [(1, 2, 3)]
         assert_engines_agree(net, x, y)
 
 

@@ -179,6 +179,13 @@ class ReproduceOptions:
     seeds: int = 1
     """Runs of each training, with seeds from 0."""
 
+    rates: tuple[float, ...] = ()
+    """Learning rates to compare for every training, on held-out samples and with the first seed; the best has the figures
+    and the other seeds. While it is the highest or lowest, the next one is tried too (the recipe's own, for all alike)."""
+
+    workers: int = 1
+    """Runs that are made at once; if several, each in a process of its own, on a CPU with one thread."""
+
     corpus: Literal["wikitext-103", "wikitext-2", "novels"] = "wikitext-103"
     """Of table5, the text; where the paper's cannot be had the hundred novels stand in for it."""
 
@@ -387,10 +394,11 @@ def reproduce(arguments: Sequence[str]) -> None:
         folder=options.run_dir or RUNS / name,
         rules=options.rules,
         seeds=options.seeds,
+        rates=options.rates,
         options={option: value for option, value in given.items() if value is not None},
         data_dir=options.data_dir,
     )
-    results = reproduce_shown(reproduction)
+    results = reproduce_shown(reproduction, options.workers)
     if options.json:
         print(json.dumps({"title": table.title, "rows": results}))
     else:

@@ -49,8 +49,6 @@ class Evaluation:
 class LoopEngine:
     """Evaluates blocks one by one: every group is a single node."""
 
-    name = "loop"
-
     def __init__(self, blocks: Sequence[nn.Module], names: Sequence[str]) -> None:
         self.blocks = blocks
         self.names = names
@@ -64,9 +62,13 @@ class LoopEngine:
         together."""
         return [[position] for position in range(len(nodes))]
 
-    def groups(self, nodes: Sequence[int]) -> list[tuple[int, ...]]:
-        """Splits nodes whose states are of one shape into groups that one call evaluates together."""
-        return [tuple(nodes[p] for p in group) for group in self.partition(nodes, ())]
+    def groups(self, nodes: Sequence[int], states: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """The same as groups of nodes."""
+        return [tuple(nodes[p] for p in group) for group in self.partition(nodes, states)]
+
+    def name(self, state: Tensor) -> str:
+        """How blocks are evaluated on such a state: ``loop`` or ``batched``."""
+        return "loop"
 
     def __call__(self, nodes: tuple[int, ...], inputs: Tensor, contexts: Sequence[Context]) -> Evaluation:
         """Evaluates the blocks of one group.
@@ -99,11 +101,10 @@ class BatchedEngine(LoopEngine):
     NumPy, is found by comparing it with the blocks called one by one, and is not recorded.
     """
 
-    name = "batched"
-
     def __init__(self, blocks: Sequence[nn.Module], names: Sequence[str], *, fall_back: bool) -> None:
         super().__init__(blocks, names)
         self._fall_back = fall_back
+        self._fallen = False
         self._kinds = architectures(blocks)
         # Blocks that differ in all their numbers, as by their own, may have a forward that does not read them.
         self._differ = len(set(self._kinds)) == len(blocks)
@@ -112,14 +113,26 @@ class BatchedEngine(LoopEngine):
         self._modules = [list(block.modules()) for block in blocks]
         self._recorded: dict[tuple, Callable[..., Tensor]] = {}
 
+    @property
+    def stackable(self) -> bool:
+        """Whether two of the blocks can be stacked."""
+        kinds = [(self._kinds[n - 1], self._modes(n)) for n in range(1, len(self.blocks) + 1) if not self._compiled(n)]
+        return len(set(kinds)) < len(kinds)
+
     def partition(self, nodes: Sequence[int], states: Sequence[Tensor]) -> list[list[int]]:
         kinds: dict[object, list[int]] = {}
-        for position, n in enumerate(nodes):
-            module = self.blocks[n - 1]
-            alone = position if module._compiled_call_impl is not None else None  # compiled: called as it is
-            shape = states[position].shape if states else None
-            kinds.setdefault((self._kinds[n - 1], self._modes(n), shape, alone), []).append(position)
+        for position, (n, state) in enumerate(zip(nodes, states, strict=True)):
+            alone = position if self._compiled(n) or self.name(state) == "loop" else None
+            kinds.setdefault((self._kinds[n - 1], self._modes(n), state.shape, alone), []).append(position)
         return list(kinds.values())
+
+    def name(self, state: Tensor) -> str:
+        large = self._fall_back and state.device.type == "cpu" and state.numel() > _CPU_STATE_LIMIT
+        return "loop" if self._fallen or large else "batched"
+
+    def _compiled(self, node: int) -> bool:
+        # By its user, and called as it is.
+        return self.blocks[node - 1]._compiled_call_impl is not None
 
     def _modes(self, node: int) -> tuple[bool, ...]:
         # Of all parts: users switch single ones, and a stage's container is not theirs.
@@ -136,8 +149,7 @@ class BatchedEngine(LoopEngine):
             if not self._fall_back:
                 raise
             warnings.warn(f"{refusal}; they are evaluated one by one", stacklevel=2)
-            self._kinds = list(range(len(self.blocks)))
-            self.name = "loop"
+            self._fallen = True
             return super().__call__(nodes, inputs, contexts)
         outputs = function(*stacked, inputs, *beside)
         return Evaluation(outputs, tuple(p for p in stacked if p.requires_grad))
@@ -529,9 +541,11 @@ def _describe(block: nn.Module, plain: bool) -> list | None:
     return description
 
 
-# The largest block, in parameters, for which one stacked call beats a loop; measured by benchmarks/engines.py on CPUs, on
-# GPUs a guess: larger blocks keep one busy by themselves, and have fused attention only one by one.
+# The largest block, in parameters, and the largest state, in numbers, for which one stacked call beats a loop; measured by
+# benchmarks/engines.py on CPUs, on GPUs a guess: larger ones keep one busy by themselves, and have fused attention only one
+# by one.
 _CPU_LIMIT, _GPU_LIMIT = 100_000, 1_000_000
+_CPU_STATE_LIMIT = 2**14
 
 
 def make_engine(blocks: Sequence[nn.Module], names: Sequence[str], choice: str) -> Engine:
@@ -541,8 +555,8 @@ def make_engine(blocks: Sequence[nn.Module], names: Sequence[str], choice: str) 
         blocks: the blocks, or stages of them, of nodes 1..N-1.
         names: what error messages call them.
         choice: ``loop``, ``batched``, or ``auto``, which takes the faster by what benchmarks/engines.py measured: batched
-            if the blocks have twins, none of them convolves channel by channel, and, on a CPU, they are small. Blocks
-            that turn out impossible to stack are then evaluated one by one, with a warning.
+            if the blocks have twins, none of them convolves channel by channel, and, on a CPU, they and their states are
+            small. Blocks that turn out impossible to stack are then evaluated one by one, with a warning.
 
     Raises:
         ValueError: an unknown choice, or ``batched`` for blocks of which no two can be stacked.
@@ -552,15 +566,14 @@ def make_engine(blocks: Sequence[nn.Module], names: Sequence[str], choice: str) 
     if choice == "loop" or len(blocks) == 1:
         return LoopEngine(blocks, names)
     engine = BatchedEngine(blocks, names, fall_back=choice == "auto")
-    stackable = len(engine.groups(range(1, len(blocks) + 1))) < len(blocks)
     if choice == "batched":
-        if not stackable:
+        if not engine.stackable:
             raise ValueError(
                 "no two blocks can be stacked: they need one architecture, equal plain attributes, "
                 "and neither buffers nor hooks; engine='loop' evaluates them one by one"
             )
         return engine
-    return engine if stackable and _stacking_pays(blocks) else LoopEngine(blocks, names)
+    return engine if engine.stackable and _stacking_pays(blocks) else LoopEngine(blocks, names)
 
 
 def _stacking_pays(blocks: Sequence[nn.Module]) -> bool:

@@ -65,7 +65,7 @@ class TestCut:
         found = Cut.of(net, cut(net, size), engine, False)
         inputs = torch.randn(found.last, 2, 6, dtype=torch.float64)
         which = stages_of(8, size)
-        for group in found.engine.groups(found.nodes):
+        for group in found.engine.groups(found.nodes, inputs):
             outputs = found.engine(group, inputs[[n - 1 for n in group]], [{}] * len(group)).outputs
             for n, output in zip(group, outputs, strict=True):
                 state = inputs[n - 1]

@@ -264,12 +264,14 @@ class TreeWorker(Share):
         for level in self._levels:
             cross((*credit_due, *level.boundaries))
             own = [n for n in level.nodes if n in self.stages]
-            fronts = [states.front(cut, group, known.boundaries, at_hand(), step) for group in cut.engine.groups(own)]
+            above = [known.boundaries[cut.tree.left(n)].value for n in own]
+            groups = cut.engine.groups(own, above)
+            fronts = [states.front(cut, group, known.boundaries, at_hand(), step) for group in groups]
             walks += map(Walk.of, fronts)
             for front in fronts:
                 known.priors.update(states.priors(front))
             cross(level.priors)
-            for nodes in self._asked(level):
+            for nodes in self._asked(level, known.priors):
                 priors = [known.priors[n] for n in nodes]
                 depth = max(prior.depth for prior in priors)
                 answer = credit.answer(
@@ -293,13 +295,14 @@ class TreeWorker(Share):
         yield from at_hand().embed_losses()  # whose gradients are all in the first process
         count_walks(walks, known.arrivals, cut, step)
 
-    def _asked(self, level: Level) -> Iterator[tuple[int, ...]]:
+    def _asked(self, level: Level, priors: Targets) -> Iterator[tuple[int, ...]]:
         """The nodes of a level whose right neighbours this process has, those together that one call evaluates."""
         tree = self._cut.tree
         node_of = {tree.right(n): n for n in level.nodes}
         if self.stages[-1] == self._cut.last and tree.nodes in node_of:
             yield (node_of[tree.nodes],)
-        for right in self._cut.engine.groups([j for j in self.stages if j in node_of]):
+        own = [j for j in self.stages if j in node_of]
+        for right in self._cut.engine.groups(own, [priors[node_of[j]].value for j in own]):
             yield tuple(node_of[j] for j in right)
 
 

@@ -193,6 +193,10 @@ class Recipe(ABC):
         """A readout by a user's name for it; ValueError when there is none like it."""
         return rule.readout(name)
 
+    def rule_options(self, method: str) -> dict[str, Any]:
+        """Those options of a training rule that are not its own defaults, as recipes name them."""
+        return {}
+
     @abstractmethod
     def rule(self, method: str, network: Any, example: Any) -> Rule:
         """The training rule of that name for the recipe's network; ValueError when there is none.
@@ -287,11 +291,15 @@ class ChainRecipe(Recipe):
         found = [*self.readouts(rule), *rule.exits[:-1], *paths]
         return list({readout.name: readout for readout in found}.values())
 
+    def rule_options(self, method: str) -> dict[str, Any]:
+        given = {option: value for option, value in self.chosen().items() if self.reads(method, option)}
+        return {**self.suited.get(method, {}), **given}
+
     def rule(self, method: str, network: Chain, example: Any) -> Rule:
-        options = {option: value for option, value in self.chosen().items() if self.reads(method, option)}
+        options = self.rule_options(method)
         if "cuts" in options:
             options["stage"] = even(network, options.pop("cuts"))
-        return make_rule(method, network, example, **self.suited.get(method, {}), **options)
+        return make_rule(method, network, example, **options)
 
 
 RULE_OPTIONS = (

@@ -1,29 +1,36 @@
 """Tables made again as the terminal shows them: progress on stderr, results on stdout."""
 
+from pathlib import Path
+
+from rich.progress import TaskID
+
 from hbll.reproduce.reproduction import Reproduction, Results, columns, reproduce, texts
 from hbll.train.console import progress_bars, show_table
 from hbll.train.run import Run
 
 
-def reproduce_shown(reproduction: Reproduction) -> Results:
-    """`reproduce`, with a bar for the runs and one for the run under way."""
+def reproduce_shown(reproduction: Reproduction, workers: int) -> Results:
+    """`reproduce`, with a bar for the runs and one for each run under way."""
     with progress_bars() as progress:
-        overall = progress.add_task("runs", total=len(reproduction.runs))
-        current = progress.add_task("")
-        started = -1
+        overall = progress.add_task("runs")
+        bars: dict[Path, TaskID] = {}
 
         def on_run(run: Run) -> None:
-            nonlocal started
-            started += 1
-            progress.update(overall, completed=started)
-            progress.update(current, description=run.folder.name, completed=0, total=None)
+            bars[run.folder] = progress.add_task(run.folder.name, total=None)
+
+        def on_end(run: Run, diverged: str | None) -> None:
+            progress.update(bars[run.folder], visible=False)
+            if diverged is not None:
+                progress.console.print(diverged, highlight=False)
 
         try:
             return reproduce(
                 reproduction,
+                workers=workers,
+                on_count=lambda made, needed: progress.update(overall, completed=made, total=needed),
                 on_run=on_run,
-                on_step=lambda done, steps: progress.update(current, completed=done + 1, total=steps),
-                on_diverged=lambda error: progress.console.print(str(error), highlight=False),
+                on_step=lambda run, done, steps: progress.update(bars[run.folder], completed=done + 1, total=steps),
+                on_end=on_end,
             )
         except KeyboardInterrupt:  # between two runs as well as within one
             raise KeyboardInterrupt(f"stopped and saved in {reproduction.folder}; the same command goes on") from None
@@ -31,5 +38,5 @@ def reproduce_shown(reproduction: Reproduction) -> Results:
 
 def show_table_of(reproduction: Reproduction, results: Results) -> None:
     """The table, and where its page lies."""
-    show_table(columns(reproduction.table), texts(reproduction.table, results))
+    show_table(columns(reproduction), texts(reproduction, results))
     print(f"page: {reproduction.folder / 'report.html'}")

@@ -1,7 +1,8 @@
 """The tables of arXiv 2606.21497 as data: what is trained for each figure, and what the paper has there.
 
-Tables 1 and 3 are numbered as there; the others follow the order of its results. `paper` is HBLL there, `bp` (of recurrent
-networks `bptt`) its backpropagation; rows of other rules are ours, beside them.
+Tables 1 and 3 are numbered as there; the others follow the order of its results, recurrent networks last, and may have other
+numbers there. `paper` is HBLL there, `bp` (of recurrent networks `bptt`) its backpropagation; rows of other rules are ours,
+beside them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

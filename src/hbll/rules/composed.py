@@ -204,7 +204,7 @@ class Cut:
             inputs = inputs.detach().requires_grad_()
         with _kept_buffers() if self.pulls_back else nullcontext():
             evaluation = self.engine(stages, inputs, [batch.context for batch in batches])
-        step.engine = self.engine.name
+        step.engine = self.engine.name(inputs[0])
         depth += self.depth(stages)
         step.count(self.size(stages), depth)
         return Front(stages, parents, inputs, evaluation, tuple(batches), depth, active or self.nodes)

@@ -117,7 +117,7 @@ class TreeGuess(Guess):
         levels = self.levels(cut.tree)
         predicted = []
         for level, parents in enumerate(levels, 1):
-            for group in self.engine.groups(list(parents)):
+            for group in self.engine.groups(list(parents), [found[left] for left in parents.values()]):
                 inputs = stack([found[parents[n]] for n in group])
                 with torch.set_grad_enabled(self.training or step.look):
                     evaluation = self.engine(group, inputs, [batch.context] * len(group))

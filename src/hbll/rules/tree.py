@@ -62,7 +62,7 @@ class TreeStates(States):
         boundaries = {0: Target(batch.state, 0)}
         for level in cut.tree.levels:
             priors: Targets = {}
-            for group in cut.engine.groups(level):
+            for group in cut.engine.groups(level, [boundaries[cut.tree.left(n)].value for n in level]):
                 front = self.front(cut, group, boundaries, batch, step)
                 priors.update(self.priors(front))
                 yield front
@@ -293,7 +293,7 @@ class ArcCredit(Credit):
                 lambda states: Evaluation(self._read(cut, states[0], batch), parameters),
                 lambda found: self._label_errors(found, batch.y, tokens),
             )
-        for right in cut.engine.groups(list(node_of)):
+        for right in cut.engine.groups(list(node_of), [states[0]] * len(node_of)):
             yield self._right_arc(tuple(node_of[j] for j in right), right, cut, batch, family, tokens, targets)
 
     @staticmethod

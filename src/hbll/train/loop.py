@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hbll.data import Samples, Splits
 from hbll.files import write_atomically
+from hbll.modes import evaluating
 from hbll.recipes import Measure
 from hbll.rule import Step
 from hbll.rules.composed import Composed
@@ -153,7 +154,11 @@ class Training:
     @property
     def engine(self) -> str:
         """How stages are evaluated: `loop` or `batched`."""
-        return self.rule.evaluated.engine.name if isinstance(self.rule, Composed) else "loop"
+        if not isinstance(self.rule, Composed):
+            return "loop"
+        with evaluating(self.rule.network), torch.no_grad():
+            state, _ = self.rule.network.embedded(self.samples[: self.run.recipe.batch_size].inputs)
+        return self.rule.evaluated.engine.name(state)
 
     def go_on(self, before_step: Callable[[int], None] = lambda done: None) -> None:
         """Takes what is left of the epoch's steps.

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from string import Template
 
 from hbll.files import write_atomically
 from hbll.recipes import Measure, Recipe, flag
@@ -12,47 +11,12 @@ from hbll.recipes.base import ChainRecipe
 from hbll.train import metrics, plots
 from hbll.train.compare import Comparison, MethodResult, open_comparison, open_results
 from hbll.train.metrics import Metrics
+from hbll.train.page import page, section, table_of
 from hbll.train.run import COMPARISON, Run, open_run
 from hbll.train.tables import path_columns, path_row, result_columns, result_row
 
 BACKPROPAGATION = ("bp", "bptt", "bptt-fused")
 """The rules with exact gradients, by which others are measured."""
-
-_PAGE = Template(
-    """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 16px/1.55 system-ui, sans-serif; color: #1e293b; background: #f8fafc; margin: 0; }
-main { max-width: 880px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0 0 8px; }
-h2 { font-size: 19px; margin: 0 0 4px; }
-p { margin: 0 0 12px; color: #475569; }
-p.lead { font-size: 18px; color: #0f172a; }
-ul { margin: 0; padding-left: 20px; color: #475569; }
-section { background: white; border: 1px solid #e2e8f0; border-radius: 12px; padding: 20px 24px; margin-top: 24px; }
-svg { width: 100%; height: auto; display: block; font-family: system-ui, sans-serif; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid #e2e8f0; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 5em; }
-th { font-weight: 600; font-size: 14px; color: #64748b; }
-tr:last-child td { border-bottom: none; }
-code { font: 14px ui-monospace, monospace; }
-</style>
-</head>
-<body><main>
-<h1>$title</h1>
-$lead<p>$summary</p>
-$sections
-</main></body>
-</html>
-"""
-)
 
 
 def write_report(folder: Path) -> Path:
@@ -204,16 +168,6 @@ def _figures(histories: plots.Histories, measure: Measure) -> list[str]:
     return sections
 
 
-def page(title: str, summary: str, sections: Iterable[str], lead: str = "") -> str:
-    """A page of sections, opened by a sentence of conclusion."""
-    return _PAGE.substitute(
-        title=escape(title),
-        lead=f'<p class="lead">{escape(lead)}</p>\n' if lead else "",
-        summary=escape(summary),
-        sections="\n".join(sections),
-    )
-
-
 def _options(recipe: Recipe) -> str:
     rows = [[flag(option), str(value)] for option, value in asdict(recipe).items() if value is not None]
     return section("Options", "What every run was trained with.", table_of(["option", "value"], rows))
@@ -227,18 +181,5 @@ def _seeds(seeds: int) -> str:
     return "One seed." if seeds == 1 else f"{seeds} seeds."
 
 
-def section(heading: str, text: str, content: str) -> str:
-    """A section of a page; ``content`` is HTML."""
-    heading, text = (escape(part, quote=False) for part in (heading, text))
-    return f'<section><h2>{heading}</h2><p>{text}</p><div class="wide">{content}</div></section>'
-
-
 def _list(items: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
-
-
-def table_of(columns: Iterable[str], rows: Iterable[list[str]]) -> str:
-    """A table as HTML."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
