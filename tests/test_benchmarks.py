@@ -381,3 +381,74 @@ class TestTimes:
             for p, q in zip(*(replica.parameters() for replica in replicas), strict=True):
                 p.add_(q).div_(2)
         assert lines["DiLoCo H=99"]["test"] == pytest.approx(task.measure(replicas[0], "test"), rel=1e-5)
+
+
+class TestTable1:
+    def network(self, blocks):
+        from torch import nn
+
+        import hbll
+        from hbll.models.mlp import sigmoid_layer
+
+        torch.manual_seed(0)
+        return hbll.Chain(sigmoid_layer(12, 5), [sigmoid_layer(5, 5) for _ in range(blocks)], nn.Linear(5, 3))
+
+    def batch(self, count=20):
+        from hbll.data import Samples
+
+        return Samples(torch.rand(count, 12), torch.randint(3, (count,)))
+
+    @pytest.mark.parametrize("blocks", [1, 3, 7])
+    @pytest.mark.parametrize("options", [{}, {"variance": 0.3, "step": 0.7}, {"boundary": "posterior"}])
+    @pytest.mark.parametrize("rule", ["paper", "tree"])
+    def test_written_out_gradients_are_the_rules(self, rule, options, blocks):
+        from written_out import WrittenOut
+
+        import hbll
+
+        made = hbll.make_rule(rule, self.network(blocks), **options)
+        samples = self.batch()
+        assert WrittenOut.deviation(made, samples.inputs, samples.labels) < 1e-12
+
+    def test_another_rule_deviates(self):
+        from written_out import WrittenOut
+
+        import hbll
+
+        samples = self.batch()
+        made = hbll.make_rule("tree", self.network(7), scope="tree")
+        assert WrittenOut.deviation(made, samples.inputs, samples.labels) > 1e-3
+
+    def test_a_step_by_them_moves_the_network_as_one_by_the_rule(self):
+        from written_out import WrittenOut
+
+        import hbll
+
+        samples, networks = self.batch(), [self.network(7).double() for _ in range(2)]
+        rules = [hbll.make_rule("paper", network) for network in networks]
+        for taught in (rules[0], WrittenOut(rules[1])):
+            parameters = rules[0].parameters() if taught is rules[0] else taught.parameters
+            optimizer = torch.optim.AdamW(parameters, lr=0.1)
+            taught.backward(samples.inputs.double(), samples.labels)
+            optimizer.step()
+        for one, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # Adam divides tiny gradients by themselves
+
+    def test_a_look_goes_from_the_rim_to_the_chain(self):
+        from table1 import accuracy, look
+
+        import hbll
+        from hbll.data import Splits
+
+        data = Splits(self.batch(600), self.batch(200))
+        network = self.network(7)
+        found = look(hbll.make_rule("tree", network), data)
+        assert found["mixed"][0] == accuracy(network, data.test, "rim")
+        assert found["mixed"][1:] == [
+            accuracy(network, data.test, path) for path in ("1-2-3-4-6-7", "1-2-3-4-5-6-7", "chain")
+        ]
+        with torch.no_grad():
+            states = [network.along(path, network.embed(data.test.inputs), {}) for path in ((1, 2), (2,))]
+        apart = (states[0] - states[1]).square().sum(1).mean() / states[1].var(0, correction=0).sum()
+        assert found["gap"][:2] == [0, pytest.approx(apart.item())]
+        assert len(found["gap"]) == len(found["cosine"]) == 7
