@@ -7,7 +7,7 @@ from torch import nn
 
 from hbll.models.mlp import sigmoid_layer
 from hbll.network import Chain
-from hbll.recipes.base import ChainRecipe
+from hbll.recipes.base import ChainRecipe, Schedule
 from hbll.recipes.images import MnistImages
 
 
@@ -24,6 +24,10 @@ class MnistMlp(MnistImages, ChainRecipe):
 
     epochs: int = 100
     """Passes over the training samples."""
+
+    # At a constant rate the chain of 16 layers loses again what it had (docs/findings.md).
+    schedule: Schedule = "cosine"
+    """How the learning rate goes on over the steps: as it is, down to 0 in a straight line, or along a cosine."""
 
     def network(self) -> Chain:
         # The embed ends in the sigmoid as well: with a linear one the 16 layers reach 88.4 % instead of 94.7.
