@@ -11,7 +11,7 @@ gradients that are scaled, as for float16 or an accumulation, the trials are not
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import full_depth
 import torch
@@ -22,9 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hbll
 from hbll.carry import Carry
 from hbll.losses import mean_loss
-from hbll.rule import StageLoss, Step
+from hbll.rule import StageLoss, Step, attach_gradients
 from hbll.rules import RULES
 from hbll.rules.stream import Stream
+
+FADING, RIDGE = 0.98, 1e-3
+"""Of the regression: what is left of its sums after a step, and the ridge in terms of a feature's mean square."""
 
 
 class Trial(Stream):
@@ -36,9 +39,11 @@ class Trial(Stream):
             batch, which come late, on the output of stage 1 that made them.
         match: weight of ||r - g||^2 / ||g||^2 in the loss of the readout alone: r is its gradient in such an output, g the
             true one, which comes late.
-        remainder: share of g - r, r as it was in time, that is walked back through stage 1 as soon as g is there, by the
-            weights of that day. With 1 every batch moves stage 1 by its true gradient: what of it the readout foresaw in
+        remainder: share of g - r, r (or its estimate) as it was in time, that is walked back through stage 1 as soon as
+            g is there, by the weights of that day. With 1 every batch moves stage 1 by its true gradient: what of it the readout foresaw in
             time, and the rest two steps late.
+        fitted: whether stage 1 is walked back from the true gradient as [r, c s] W estimates it, s the outputs, normed,
+            and c the size of r; W by ridge regression on the gradients that came late.
         readout_rate: learning rate of the readout, in terms of all others'.
         exact_from: the step, from 0, from which on there is backpropagation, with the optimizer as it stands; the batch
             between the stages is dropped then.
@@ -55,6 +60,7 @@ class Trial(Stream):
         soft: float = 0.0,
         match: float = 0.0,
         remainder: float = 0.0,
+        fitted: bool = False,
         readout_rate: float = 1.0,
         exact_from: int | None = None,
         **options: Any,
@@ -65,11 +71,12 @@ class Trial(Stream):
                 "the trial is of two stages with copies that are not refreshed: say stage=(3,4), copies=True"
             )
         self.soft, self.match, self.remainder = soft, match, remainder
+        self.fitted = fitted
         self.readout_rate = readout_rate
         self.exact_from = exact_from
         self.kept = Carry()
         """``steps`` so far; ``sent``, what stage 1 handed on in the last one, and ``back``, what stage 2 made of what it was
-        handed then; ``readout``, its weights as they were before the last update."""
+        handed then; ``readout``, its weights as they were before the last update; ``moments`` of the regression."""
 
     def losses(self, x: Any, y: Any, step: Step) -> Iterator[StageLoss]:
         kept = self.kept.on(next(self.parameters()).device) or {"steps": 0}
@@ -99,10 +106,15 @@ class Trial(Stream):
         left: dict[str, Any] = {"readout": [weight.detach().clone() for weight in readout.parameters()]}
 
         output = first(self.network.embed(x))
-        output.retain_grad()
-        yield StageLoss(1, mean_loss(self.loss, readout(output), y))
+        state = output.detach().requires_grad_()
+        yield StageLoss(1, mean_loss(self.loss, readout(state), y), leaves=(state,))
+        foreseen = read = cast("Tensor", state.grad)
+        if self.fitted and "back" in kept:
+            left["moments"] = moments = _moments(kept.get("moments"), **kept["back"])
+            foreseen = _estimate(moments, read, output.detach())
+        yield _walk(output, foreseen)
         step.count(3 * (before + passed), 2 * (before + passed))
-        left["sent"] = {"x": x, "y": y, "state": output.detach(), "foreseen": output.grad}
+        left["sent"] = {"x": x, "y": y, "state": output.detach(), "read": read, "foreseen": foreseen}
         if "back" in kept:
             yield from self._late(step, **kept["back"])
 
@@ -114,12 +126,21 @@ class Trial(Stream):
             step.label_loss = value.detach()
             yield StageLoss(2, value, leaves=(state,))
             # Without traffic back nobody wants the gradient in what was handed on.
-            step.count(3 * after - (not self.match and not self.remainder), 2 * after)
+            step.count(3 * after - (not (self.match or self.remainder or self.fitted)), 2 * after)
             left["back"] = {**sent, "state": state.detach(), "logits": logits.detach(), "true": state.grad}
         return left
 
     def _late(
-        self, step: Step, x: Tensor, y: Tensor, state: Tensor, foreseen: Tensor, logits: Tensor, true: Tensor
+        self,
+        step: Step,
+        *,
+        x: Tensor,
+        y: Tensor,
+        state: Tensor,
+        foreseen: Tensor,
+        logits: Tensor,
+        true: Tensor,
+        **_: Any,
     ) -> Iterator[StageLoss]:
         """What a batch teaches stage 1 once the chain's predictions for it and the true gradient are there."""
         first, (readout,) = self.stages[0], self.own_readouts
@@ -136,11 +157,10 @@ class Trial(Stream):
             distance = (found - true).square().sum() / true.square().sum()
             weights = [*readout.parameters()]
             gradients = torch.autograd.grad(self.match * distance, weights, materialize_grads=True)
-            yield StageLoss(1, hbll.rule.attach_gradients(self.match * distance, weights, gradients))
+            yield StageLoss(1, attach_gradients(self.match * distance, weights, gradients))
             step.count(6 * passed, 4 * passed)  # there and back, and back through both
         if self.remainder:
-            output = first(self.network.embed(x))
-            yield StageLoss(1, (output * (self.remainder * (true - foreseen))).sum())
+            yield _walk(first(self.network.embed(x)), self.remainder * (true - foreseen))
             step.count(3 * before, 2 * before)
 
     @property
@@ -149,6 +169,32 @@ class Trial(Stream):
 
     def carries(self) -> Mapping[str, Carry]:
         return {**super().carries(), "trial": self.kept}
+
+
+def _walk(output: Tensor, gradient: Tensor) -> StageLoss:
+    """Walks stage 1 back from a gradient in its output."""
+    return StageLoss(1, attach_gradients(output.new_zeros(()), [output], [gradient]))
+
+
+def _features(read: Tensor, state: Tensor) -> Tensor:
+    """What the true gradient is estimated by: (B, ..., F) each to (tokens, 2 F), in float64."""
+    normed = F.layer_norm(state, state.shape[-1:]) * read.square().mean().sqrt()
+    return torch.cat([read, normed], -1).flatten(0, -2).double()
+
+
+def _moments(before: tuple[Tensor, Tensor] | None, *, read: Tensor, state: Tensor, true: Tensor, **_: Any) -> Any:
+    """Running sums X^T X and X^T Y of features and true gradients."""
+    features = _features(read, state)
+    found = features.mT @ features, features.mT @ true.flatten(0, -2).double()
+    return found if before is None else tuple(FADING * old + new for old, new in zip(before, found, strict=True))
+
+
+def _estimate(moments: tuple[Tensor, Tensor], read: Tensor, state: Tensor) -> Tensor:
+    """The true gradient by ridge regression, in the form of what was read."""
+    squares, products = moments
+    ridge = RIDGE * squares.diagonal().mean() * torch.eye(len(squares)).to(squares)
+    found = _features(read, state) @ torch.linalg.solve(squares + ridge, products)
+    return found.view_as(read).to(read.dtype)
 
 
 if __name__ in ("__main__", "__mp_main__"):  # that of workers

@@ -161,7 +161,8 @@ class TestSums:
 
         # What stage 1 is given back moves its readout alone; the gradient is held to a difference along itself.
         step, before = Step(), distance()
-        (loss,) = rule._late(step, x, y, state.detach(), true, rule.network(x), true)
+        late = {"state": state.detach(), "foreseen": true, "logits": net(x), "true": true}
+        (loss,) = rule._late(step, x=x, y=y, **late)
         weights = [*readout.parameters()]
         gradient = torch.autograd.grad(loss.value, [*net.parameters(), *weights], allow_unused=True)[-len(weights) :]
         assert loss.value.item() == pytest.approx(before)
@@ -170,6 +171,36 @@ class TestSums:
             for p, g in zip(weights, gradient, strict=True):
                 p += size * g
         assert (distance() - before) / 1e-6 == pytest.approx(1e-6 / size.item(), rel=1e-4)
+
+
+class TestFitted:
+    def test_stage_1_moves_by_the_estimate(self):
+        net, _, _ = transformer()
+        rule = trial(net, readout_depth=2, fitted=True)
+        readout = rule.own_readouts[0]
+        early = [p for part in (net.embed, *net.blocks[:3]) for p in part.parameters()]
+        rows, values = [], []
+        for i, (x, y) in enumerate(found := batches(5, "transformer")):
+            output = through(net.blocks[:3], net.embed(x))
+            state = output.detach().requires_grad_()
+            (read,) = torch.autograd.grad(label_loss(readout(state), y), state)
+            (true,) = torch.autograd.grad(label_loss(net.head(through(net.blocks[3:], state)), y), state)
+            normed = (state - state.mean(-1, keepdim=True)) / (state.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+            rows.append(torch.cat([read, normed.detach() * (read**2).mean().sqrt()], -1).flatten(0, 1))
+            values.append(true.flatten(0, 1))
+            expected = read
+            if i > 1:  # least squares over what has come back, older pairs for less; a ridge is so many rows more
+                weights = [0.98 ** ((i - 2 - j) / 2) for j in range(i - 1)]
+                known = torch.cat([w * row for w, row in zip(weights, rows, strict=False)])
+                size = (1e-3 * (known**2).sum() / known.shape[1]).sqrt()
+                known = torch.cat([known, size * torch.eye(known.shape[1], dtype=known.dtype)])
+                wanted = torch.cat([*(w * v for w, v in zip(weights, values, strict=False)), true.new_zeros(12, 6)])
+                expected = (rows[-1] @ torch.linalg.lstsq(known, wanted).solution).view_as(read)
+            expected = torch.autograd.grad(output, early, expected)
+            for p in early:
+                p.grad = None
+            rule.backward(*found[i])
+            torch.testing.assert_close([p.grad for p in early], [*expected], rtol=1e-8, atol=1e-12)
 
 
 class TestRates:
