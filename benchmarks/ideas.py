@@ -39,9 +39,9 @@ class Trial(Stream):
             batch, which come late, on the output of stage 1 that made them.
         match: weight of ||r - g||^2 / ||g||^2 in the loss of the readout alone: r is its gradient in such an output, g the
             true one, which comes late.
-        remainder: share of g - r, r (or its estimate) as it was in time, that is walked back through stage 1 as soon as
-            g is there, by the weights of that day. With 1 every batch moves stage 1 by its true gradient: what of it the readout foresaw in
-            time, and the rest two steps late.
+        remainder: share of g - r, r (or its estimate) as it was in time, that is walked back through stage 1 as soon as g is
+            there, by the weights of that day. With 1 every batch moves stage 1 by its true gradient: what of it the
+            readout foresaw in time, and the rest two steps late.
         fitted: whether stage 1 is walked back from the true gradient as [r, c s] W estimates it, s the outputs, normed,
             and c the size of r; W by ridge regression on the gradients that came late.
         readout_rate: learning rate of the readout, in terms of all others'.
