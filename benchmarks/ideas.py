@@ -11,7 +11,7 @@ gradients that are scaled, as for float16 or an accumulation, the trials are not
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import full_depth
 import torch
@@ -108,7 +108,7 @@ class Trial(Stream):
         output = first(self.network.embed(x))
         state = output.detach().requires_grad_()
         yield StageLoss(1, mean_loss(self.loss, readout(state), y), leaves=(state,))
-        foreseen = read = cast("Tensor", state.grad)
+        foreseen = read = state.grad
         if self.fitted and "back" in kept:
             left["moments"] = moments = _moments(kept.get("moments"), **kept["back"])
             foreseen = _estimate(moments, read, output.detach())
@@ -198,7 +198,7 @@ def _estimate(moments: tuple[Tensor, Tensor], read: Tensor, state: Tensor) -> Te
 
 
 if __name__ in ("__main__", "__mp_main__"):  # that of workers
-    RULES["trial"] = Trial  # pyrefly: ignore[unsupported-operation]
+    RULES["trial"] = Trial
 
 if __name__ == "__main__":
     full_depth.main()
