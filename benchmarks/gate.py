@@ -4,6 +4,7 @@ python benchmarks/gate.py bp stream      # what a benchmark of these two runs fi
 """
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def oracle_tests(name: str) -> list[str]:
 
     contract = TESTS / "rules" / "test_contract.py"
     classes = re.findall(r'^class (Test\w+)\(.*\):\n    name.* = "(\w+)"', contract.read_text(), re.MULTILINE)
-    own = TESTS / "rules" / f"test_{RULES[name].__module__.rpartition('.')[2]}.py"
+    own = TESTS / "rules" / f"test_{Path(inspect.getfile(RULES[name])).stem}.py"
     return [*(f"{contract}::{title}" for title, rule in classes if rule == name), *([str(own)] if own.exists() else [])]
 
 
