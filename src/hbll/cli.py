@@ -68,6 +68,9 @@ class TrainOptions(Generic[RecipeT]):
     """What each of several processes has, which torchrun has started: a stage (with more processes than stages, as many
     replicas of each), or a replica of the whole network, which learns from its share of every batch."""
 
+    wire: Literal["float32", "bfloat16"] = "float32"
+    """Of --parallel stages: precision of states on the links; float32 is their own."""
+
     timeout: float = 30.0
     """Of several processes: seconds for which one waits for another before it ends, longer than any step takes."""
 
@@ -282,6 +285,7 @@ def _run_of(options: Any, folder: Path) -> "Run":
         folder=folder,
         data_dir=options.data_dir,
         parallel=options.parallel,
+        wire=options.wire,
     )
 
 

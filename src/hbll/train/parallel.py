@@ -223,8 +223,10 @@ class Part:
             if run.parallel == "stages":
                 names = ("stage", "data")
                 mesh = init_device_mesh(device().type, (place.stages, place.replicas), mesh_dim_names=names)
-                by_tree = isinstance(rule, Tree)
-                self.worker: Worker | TreeWorker | Replica = TreeWorker(rule, mesh) if by_tree else Worker(rule, mesh)
+                wire = torch.bfloat16 if run.wire == "bfloat16" else None
+                self.worker: Worker | TreeWorker | Replica = (
+                    TreeWorker(rule, mesh, wire=wire) if isinstance(rule, Tree) else Worker(rule, mesh, wire=wire)
+                )
                 self._siblings = mesh.get_group("data")
             else:
                 self.worker = Replica(rule)

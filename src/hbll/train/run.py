@@ -34,12 +34,15 @@ CONFIGURATION, COMPARISON = "configuration.json", "comparison.json"
 Parallel: TypeAlias = Literal["none", "stages", "data"]
 """What several processes have each: nothing, as there is one; a stage, or a replica of one; a replica of the network."""
 
+Wire: TypeAlias = Literal["float32", "bfloat16"]
+"""The precision of states on the links between stages; float32 is their own."""
+
 _LIBRARIES = ("hbll", "torch", "numpy", "safetensors", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run; ValueError for a seed that torch cannot take."""
+    """One training run; ValueError for a seed that torch cannot take, or a wire without links."""
 
     recipe: Recipe
     method: str
@@ -47,12 +50,15 @@ class Run:
     folder: Path
     data_dir: Path | None = None
     parallel: Parallel = "none"
+    wire: Wire = "float32"
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {self.seed}")
         if self.seed >= 2**64:
             raise ValueError(f"--seed must be less than 2^64, not {self.seed}")
+        if self.wire != "float32" and self.parallel != "stages":
+            raise ValueError("--wire is of the links between stages: leave it out, or give --parallel stages too")
 
     @property
     def configuration_file(self) -> Path:
@@ -90,7 +96,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """The options that make a run what it is; a depth and the number of blocks that it stands for are one."""
         options = asdict(self.recipe) | {"method": self.method, "seed": self.seed, "blocks": self.recipe.block_count}
-        options["parallel"] = self.parallel
+        options |= {"parallel": self.parallel, "wire": self.wire}
         del options["depth"]
         return options
 
@@ -123,6 +129,7 @@ class Run:
             "options": asdict(self.recipe),
             "data_dir": str(self.data_dir.absolute()) if self.data_dir else None,
             "parallel": self.parallel,
+            "wire": self.wire,
             "block_count": self.recipe.block_count,
             "device": str(device),
             "engine": engine,
@@ -151,6 +158,7 @@ def open_run(folder: Path) -> Run:
             folder=folder,
             data_dir=Path(stored["data_dir"]) if stored["data_dir"] else None,
             parallel=stored.get("parallel", "none"),  # which older versions do not say
+            wire=stored.get("wire", "float32"),
         )
 
 
