@@ -68,6 +68,10 @@ class TrainOptions(Generic[RecipeT]):
     """What each of several processes has, which torchrun has started: a stage (with more processes than stages, as many
     replicas of each), or a replica of the whole network, which learns from its share of every batch."""
 
+    balance: Literal["time"] | None = None
+    """Of --parallel stages, instead of --stage: cut the network into as many stages as there are processes, none of which
+    takes much longer than another, by times that the first process measures; a run that goes on keeps its stages."""
+
     wire: Literal["float32", "bfloat16"] = "float32"
     """Of --parallel stages: precision of states on the links; float32 is their own."""
 
@@ -80,6 +84,8 @@ class TrainOptions(Generic[RecipeT]):
     def __post_init__(self) -> None:
         if not 0 < self.timeout < 10**9:
             raise ValueError(f"--timeout must be above 0 and below 10^9 seconds, not {self.timeout}")
+        if self.balance and self.parallel != "stages":
+            raise ValueError("--balance is of stages in processes: leave it out, or give --parallel stages too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,16 +261,25 @@ def _train_parallel(options: Any, name: str) -> NoReturn:
     """This process's part of a run on several; results and progress are the first one's."""
     from hbll.distributed.launch import first_says, join, rank_of
     from hbll.train.console import train_shown
-    from hbll.train.parallel import apart, train_parallel
+    from hbll.train.parallel import apart, stages_by_time, train_parallel
+    from hbll.train.planning import check_balanced
 
     options = replace(options, recipe=apart(options.recipe, options.method, options.parallel))
     options.recipe.check([options.method])
+    balances = options.balance and not options.resume
+    if balances:
+        check_balanced(options.recipe, options.method)
     leads = rank_of(os.environ) == 0
 
     def work() -> None:
         with _folder(options.run_dir, name) if leads else contextlib.nullcontext() as folder:
             join(options.timeout, options.backend)
             run = _run_of(options, options.run_dir or first_says(folder))
+            if balances:
+                sizes = stages_by_time(run)
+                run = replace(run, recipe=replace(options.recipe, stage=sizes))
+                if leads:
+                    print("stages by measured time: --stage", *sizes, file=sys.stderr)
             if leads:
                 train_shown(run, resume=options.resume, by=train_parallel)
             else:

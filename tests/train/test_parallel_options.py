@@ -1,13 +1,17 @@
 """What runs on several processes may be told beside their stages. Oracle: stages in one process, by hand."""
 
+import re
+
 import pytest
 import torch
 from tests.training import Launcher
 from torch.optim import AdamW
 
 from hbll import cli
+from hbll.distributed.cost import equal
+from hbll.recipes import RECIPES
 from hbll.rule import Message
-from hbll.train import checkpoint, metrics
+from hbll.train import checkpoint, planning
 from hbll.train.feed import Feed
 from hbll.train.run import open_run
 
@@ -95,3 +99,74 @@ def test_a_wire_is_of_stages(hbll, launcher):
     assert hbll(*DIGITS, "--wire", "bfloat16") == (2, sentence)
     ended = launcher.run(2, *DIGITS, "--parallel", "data", "--wire", "bfloat16")
     assert [(one.code, one.err) for one in ended] == [(2, sentence)] * 2
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "blocks", "sizes"),
+    [  # of two stages of a and b blocks: 3 a and, as the input of the second is not walked back to, 3 b - 1
+        ("greedy", {}, 8, (4, 4)),  # 12 and 11
+        ("dgl", {}, 8, (4, 4)),
+        ("stream", {}, 8, (3, 5)),  # 9, and a copy of the last block: 12; 14
+        ("stream", {}, 7, (3, 4)),
+        ("solo", {}, 7, (2, 5)),  # 6, and two blocks: 12; 14; of three it would be 15
+        ("stream", {"readout": "solo"}, 7, (2, 5)),
+        ("solo", {"readout": "head"}, 8, (4, 4)),
+    ],
+)
+def test_stages_are_cut_by_time_with_what_they_read_by(monkeypatch, method, options, blocks, sizes):
+    monkeypatch.setattr(planning, "recipe_costs", lambda recipe, data_dir: equal(blocks))
+    recipe = RECIPES["digits"](blocks=blocks, **options)
+    assert planning.balanced_stages(recipe, method, None, 2) == sizes
+
+
+def test_the_cut_by_time_is_the_run_s_from_then_on(launcher, tmp_path):
+    folder = tmp_path / "run"
+    options = [*DIGITS, "--rule", "greedy", "--parallel", "stages", "--balance", "time", "--run-dir", folder]
+    first, second = launcher.run(2, *options, "--epochs", 1)
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert second.err == ""
+    said = re.search(r"stages by measured time: --stage (\d) (\d)\n", first.err)
+    sizes = tuple(map(int, said.groups()))
+    assert sum(sizes) == 5
+    assert open_run(folder).recipe.stage == sizes
+    first, second = launcher.run(2, *options, "--resume")
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert "measured" not in first.err
+    run = open_run(folder)
+    assert run.recipe.stage == sizes
+    assert same(weights(run), by_hand(run, torch.float32))
+
+
+KNOWN = "--balance time knows what stages take by stream, greedy, solo, dgl, predsim, and not by {}: give --stage"
+BALANCED = [*DIGITS, "--parallel", "stages", "--balance", "time", "--rule"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([*BALANCED, "stream", "--stage", 2, 3], "give --stage or --balance, not both"),
+        ([*BALANCED, "dgl", "--cuts", 2], "give --cuts or --balance, not both"),
+        ([*BALANCED, "paper"], KNOWN.format("paper")),
+        ([*BALANCED, "cff"], KNOWN.format("cff")),
+        (
+            ["train", "char-rnn", "--parallel", "stages", "--balance", "time", "--rule", "hbll"],
+            KNOWN.format("hbll"),
+        ),
+        (
+            [*BALANCED, "solo", "--readout-depth", 3],
+            "--balance time counts readouts of the usual depth: leave out --readout-depth, or give --stage",
+        ),
+        (
+            [*DIGITS, "--rule", "stream", "--balance", "time"],
+            "--balance is of stages in processes: leave it out, or give --parallel stages too",
+        ),
+    ],
+)
+def test_what_cannot_be_balanced_is_told(hbll, arguments, sentence):
+    assert hbll(*arguments) == (2, f"hbll: {sentence}\n")
+
+
+def test_more_processes_than_blocks_are_told(launcher):
+    ended = launcher.run(3, *BALANCED, "greedy", "--blocks", 2)
+    sentence = "hbll: 2 blocks cannot be cut into 3 stages: start 2 processes at most\n"
+    assert [(one.code, one.err) for one in ended] == [(2, sentence)] * 3

@@ -41,6 +41,7 @@ from hbll.train.interrupt import deferred_interrupt
 from hbll.train.loop import Sums, is_best
 from hbll.train.metrics import Metrics
 from hbll.train.optimizers import make_optimizers
+from hbll.train.planning import balanced_stages, check_balanced
 from hbll.train.run import Parallel, Run, check_folder
 from hbll.train.schedule import scheduler
 
@@ -102,6 +103,23 @@ def apart(recipe: Recipe, method: str, parallel: Parallel) -> Recipe:
     if parallel == "stages" and method == "stream" and isinstance(recipe, ChainRecipe) and recipe.readout != "solo":
         return replace(recipe, copies=True)
     return recipe
+
+
+def stages_by_time(run: Run) -> tuple[int, ...]:
+    """The sizes of stages for a new run, one for every process, as the first one cuts the network by measured time.
+
+    Raises:
+        ValueError: the folder holds a run, there are more processes than blocks, or the data set is missing.
+        ConnectionError: another process is lost.
+    """
+    check_folder(run, resume=False)  # before all that is measured
+    recipe, stages = check_balanced(run.recipe, run.method), dist.get_world_size()
+    if stages > recipe.block_count:
+        raise ValueError(
+            f"{recipe.block_count} blocks cannot be cut into {stages} stages: start {recipe.block_count} processes at most"
+        )
+    leads = dist.get_rank() == 0
+    return first_says(balanced_stages(recipe, run.method, run.data_dir, stages) if leads else None)
 
 
 @dataclass(frozen=True)
