@@ -245,11 +245,18 @@ class PlanOptions(Generic[RecipeT]):
 
 def train(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      train a network"""
+    from hbll.distributed.launch import launched
     from hbll.train.console import train_shown
     from hbll.train.run import open_run
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
     name = f"{recipe.name}-{options.method}-s{options.seed}"
+    asked = _value_of("--parallel", arguments) or "none"
+    if options.resume and asked == "none" and not launched(os.environ):
+        from hbll.train.together import put_together
+
+        options = replace(options, parallel="none", wire="float32", balance=None)
+        put_together(_run_of(options, options.run_dir))
     if options.parallel != "none":
         _train_parallel(options, name)
     options.recipe.check([options.method])

@@ -12,12 +12,17 @@ from torch.distributed import distributed_c10d
 
 from hbll.distributed.link import lost
 
-__all__ = ["Backend", "all_say", "first_says", "join", "rank_of", "wait_for_all"]
+__all__ = ["Backend", "all_say", "first_says", "join", "launched", "rank_of", "wait_for_all"]
 
 Backend: TypeAlias = Literal["gloo", "nccl"]
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher such as torchrun tells a process: its number, from 0, the number of processes, and where they meet."""
+
+
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has said anything."""
+    return any(name in environment for name in VARIABLES)
 
 
 def rank_of(environment: Mapping[str, str]) -> int:
@@ -50,6 +55,7 @@ def join(seconds: float, backend: Backend | None = None) -> None:
 
     Raises:
         ValueError: nccl without enough GPUs; the processes do not come together, or another program listens at their port.
+        ConnectionError: a process is lost.
     """
     rank, gpus = rank_of(os.environ), torch.cuda.device_count()
     place, beside = (int(os.environ.get(f"LOCAL_{name}", os.environ[name])) for name in ("RANK", "WORLD_SIZE"))
@@ -79,6 +85,7 @@ def join(seconds: float, backend: Backend | None = None) -> None:
         failed.append(TimeoutError("there was no answer"))
     if failed:
         raise ValueError(_not_joined(rank, seconds, str(failed[0]))) from failed[0]
+    wait_for_all()  # or the first one might end, with what others ask for to meet
 
 
 def _not_joined(rank: int, seconds: float, reason: str) -> str:

@@ -1,16 +1,17 @@
 """The training loop: steps, epochs, checkpoints, and how a run ends before its time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hbll.data import Samples, Splits
 from hbll.files import write_atomically
-from hbll.recipes import Measure
-from hbll.rule import Step
+from hbll.recipes import Measure, Recipe
+from hbll.rule import Rule, Step
 from hbll.rules.composed import Composed
 from hbll.train import checkpoint, metrics
 from hbll.train.descent import Descent
@@ -83,6 +84,8 @@ def train(
             metrics.append(run.metrics_file, line)
             training.save()
             on_epoch(line)
+        if run.model_folder.exists():  # of a run that several processes began
+            training.rule.network.save(run.model_folder)
         if interrupted():  # in the last evaluation: of a comparison the next run is not to begin
             raise Interrupted
 
@@ -95,6 +98,18 @@ def is_best(line: Metrics, before: Sequence[Metrics], measure: Measure) -> bool:
     earlier = [known.validation[measure.name] for known in before if known.validation]
     finite = [known for known in earlier if known is not None]
     return value is not None and value not in finite and measure.best([value, *finite]) == value
+
+
+def optimizers_of(recipe: Recipe, rule: Rule, parameters: Iterable[nn.Parameter] | None = None) -> list[Optimizer]:
+    """What moves the parameters of a rule, or those of a stage, as a recipe says."""
+    return make_optimizers(
+        rule,
+        recipe.optimizer,
+        recipe.learning_rate,
+        recipe.weight_decay,
+        error_feedback=recipe.error_feedback,
+        parameters=parameters,
+    )
 
 
 @dataclass
@@ -129,13 +144,7 @@ class Training:
         self.samples = samples
         network = recipe.initial_network(run.seed).to(device())
         self.rule = recipe.rule(run.method, network, samples[: recipe.batch_size].inputs).to(device())
-        optimizers = make_optimizers(
-            self.rule,
-            recipe.optimizer,
-            recipe.learning_rate,
-            recipe.weight_decay,
-            error_feedback=recipe.error_feedback,
-        )
+        optimizers = optimizers_of(recipe, self.rule)
         self.feed = Feed(run, samples)
         self.steps_per_epoch = self.feed.steps_per_epoch
         steps = recipe.epochs * self.steps_per_epoch

@@ -38,9 +38,8 @@ from hbll.train.evaluate import PathResult, means, summed, units_of
 from hbll.train.feed import Feed
 from hbll.train.hold import held
 from hbll.train.interrupt import deferred_interrupt
-from hbll.train.loop import Sums, is_best
+from hbll.train.loop import Sums, is_best, optimizers_of
 from hbll.train.metrics import Metrics
-from hbll.train.optimizers import make_optimizers
 from hbll.train.planning import balanced_stages, check_balanced
 from hbll.train.run import Parallel, Run, check_folder
 from hbll.train.schedule import scheduler
@@ -219,6 +218,23 @@ class Said:
     """What a replica of the whole network keeps."""
 
 
+def carry_of(run: Run, carries: Sequence[Any], replica: int, replicas: int) -> Any:
+    """What a replica takes up of what those before have kept; ValueError when it cannot be shared out again."""
+    if len(carries) == replicas:
+        return carries[replica]
+    if any(map(tensor_bytes, carries)):
+        raise ValueError(
+            f"{run.folder} is of {len(carries)} replicas, each of which keeps batches of its own from step to step: start "
+            f"{len(carries)} processes, not {replicas}"
+        )
+    return carries[0]
+
+
+def draw_anew(*place: int) -> None:
+    """Begins the random numbers of a seed, an epoch, a stage and a replica."""
+    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+
+
 class Part:
     """A process's part of a run under way."""
 
@@ -257,14 +273,7 @@ class Part:
         self.splits = splits
         """What the process reads."""
         self.feed = Feed(run, splits.train) if splits else None
-        self.optimizers = make_optimizers(
-            rule,
-            recipe.optimizer,
-            recipe.learning_rate,
-            recipe.weight_decay,
-            error_feedback=recipe.error_feedback,
-            parameters=self.worker.parameters(),
-        )
+        self.optimizers = optimizers_of(recipe, rule, self.worker.parameters())
         steps = recipe.epochs * task.steps
         self.schedules = [scheduler(recipe.schedule, optimizer, steps) for optimizer in self.optimizers]
         self.epoch = 0
@@ -375,6 +384,8 @@ class Part:
             self.file.replace(self.file_before)
         state = {
             "run": self.run.mark,
+            "stage": self.place.stage,
+            "stages": self.place.stages,
             "epoch": self.epoch,
             "metrics": metrics.digest(self.run.metrics_file) if self.place.leads else None,
             "module": self.worker.module.state_dict(),
@@ -386,7 +397,8 @@ class Part:
 
     def restore(self) -> None:
         """Goes back to the newest epoch that all stages have seen; ValueError when there is none, or not for this run."""
-        found = self._stored() if self.place.replica == 0 else {}
+        place = self.place
+        found = self.run.stage_checkpoints(place.stage, place.stages) if place.replica == 0 else {}
         known = [
             set(epochs) for epochs in all_say(list(found) if self.place.replica == 0 else None) if epochs is not None
         ]
@@ -406,7 +418,7 @@ class Part:
         with checkpoint.understood(self.file):
             state = own_copy(state)  # tensors in a file's memory lie unaligned, on which kernels round otherwise
             self.worker.module.load_state_dict(state["module"])
-            self.worker.load_carry(self._carry(state["carries"]))
+            self.worker.load_carry(carry_of(self.run, state["carries"], place.replica, place.replicas))
             for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(stored)
             for schedule, stored in zip(self.schedules, state["schedules"], strict=True):
@@ -415,27 +427,10 @@ class Part:
             metrics.cut(self.run.metrics_file, self.epoch, state["metrics"])
         self._write_configuration()  # which may have been of fewer epochs
 
-    def _stored(self) -> dict[int, tuple[Path, Any]]:
-        """The stage's checkpoints and their files, by the epochs that they have seen."""
-        files = [file for file in (self.file_before, self.file) if file.exists()] or [self.file]
-        states = [(file, self.run.load_checkpoint(file=file)) for file in files]
-        return {state["epoch"]: (file, state) for file, state in states}
-
-    def _carry(self, carries: Sequence[Any]) -> Any:
-        if len(carries) == self.place.replicas:
-            return carries[self.place.replica]
-        if any(map(tensor_bytes, carries)):
-            raise ValueError(
-                f"{self.run.folder} is of {len(carries)} replicas, each of which keeps batches of its own from step to "
-                f"step: start {len(carries)} processes, not {self.place.replicas}"
-            )
-        return carries[0]
-
     def _learn(self, before_step: Callable[[int], None]) -> Sums:
         """Takes the steps of an epoch."""
         # What is drawn is a function of seed, epoch and place, so that it need not be saved.
-        place = [self.run.seed, self.epoch, self.place.stage, self.place.replica]
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        draw_anew(self.run.seed, self.epoch, self.place.stage, self.place.replica)
         sums = Sums(torch.zeros((), dtype=torch.float64, device=device()))
         order = self.feed.order(self.epoch) if self.feed else None
         for position in range(self.task.steps):

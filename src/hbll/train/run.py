@@ -120,6 +120,29 @@ class Run:
                     raise ValueError(f"{file} is of another run, with {flag(option)} {value}, not {ours[option]}")
         return state
 
+    def stage_checkpoints(self, stage: int, stages: int | None = None) -> dict[int, tuple[Path, dict[str, Any]]]:
+        """The checkpoints of a stage and their files, by the epochs that they have seen.
+
+        ValueError when there is none, or one is damaged, another run's or stage's, or not of so many stages.
+        """
+        files = [file for file in reversed(self.stage_files(stage)) if file.exists()]
+        if not files:
+            raise ValueError(
+                f"{self.folder} has no {self.stage_files(stage)[0].name}: give the folder in which this stage was trained"
+            )
+        found = {}
+        for file in files:
+            state = self.load_checkpoint(file=file)
+            with checkpoint.understood(file):
+                if state["stage"] != stage:
+                    raise ValueError(f"{file} is of stage {state['stage']}, not {stage}: it is another's")
+                if stages not in (None, state["stages"]):
+                    raise ValueError(
+                        f"{file} is of a run of {state['stages']} processes, not {stages}: start as many, or begin a new run"
+                    )
+                found[state["epoch"]] = file, state
+        return found
+
     def write_configuration(self, device: torch.device, engine: str) -> None:
         """Writes what is run, and with what: the folder is a run's from then on."""
         configuration = {
