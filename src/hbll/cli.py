@@ -61,6 +61,10 @@ class TrainOptions(Generic[RecipeT]):
     run_dir: Path | None = None
     """The run's folder (runs/RECIPE-METHOD-sSEED-TIME)."""
 
+    start_from: Path | None = None
+    """Folder of a run, or of what a network's save wrote, whose weights the network begins with, by any rule and any cut;
+    of several processes the first one reads it."""
+
     resume: FlagCreatePairsOff[bool] = False
     """Go on with the run in --run-dir; options not given are as the run has them."""
 
@@ -308,6 +312,7 @@ def _run_of(options: Any, folder: Path) -> "Run":
         data_dir=options.data_dir,
         parallel=options.parallel,
         wire=options.wire,
+        start_from=options.start_from,
     )
 
 

@@ -1,6 +1,8 @@
 """What runs on several processes may be told beside their stages. Oracle: stages in one process, by hand."""
 
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +10,14 @@ from tests.training import Launcher
 from torch.optim import AdamW
 
 from hbll import cli
+from hbll.data.vocabulary import Characters
 from hbll.distributed.cost import equal
 from hbll.recipes import RECIPES
 from hbll.rule import Message
 from hbll.train import checkpoint, planning
 from hbll.train.feed import Feed
-from hbll.train.run import open_run
+from hbll.train.run import Run, open_run
+from hbll.train.start import start_weights
 
 DIGITS = ["train", "digits", "--blocks", 5, "--width", 16, "--train-samples", 300, "--epochs", 2]
 GREEDY = [*DIGITS, "--rule", "greedy", "--stage", 2, 3, "--parallel", "stages"]
@@ -44,10 +48,14 @@ def hbll(capsys, monkeypatch, tmp_path):
     return run
 
 
-def by_hand(run, wire):
-    """The rule after stages that learn one after the other from every batch, states rounded in between."""
+def by_hand(run, wire, model=None):
+    """The rule after stages that learn one after the other from every batch, states rounded in between; the network drawn,
+    or as it is in a folder."""
     recipe, samples = run.recipe, run.recipe.splits(None).train
-    rule = recipe.rule(run.method, recipe.initial_network(run.seed), samples[:4].inputs)
+    network = recipe.initial_network(run.seed)
+    if model:
+        network.load(model)
+    rule = recipe.rule(run.method, network, samples[:4].inputs)
     feed = Feed(run, samples)
     optimizers = [
         AdamW(
@@ -170,3 +178,77 @@ def test_more_processes_than_blocks_are_told(launcher):
     ended = launcher.run(3, *BALANCED, "greedy", "--blocks", 2)
     sentence = "hbll: 2 blocks cannot be cut into 3 stages: start 2 processes at most\n"
     assert [(one.code, one.err) for one in ended] == [(2, sentence)] * 3
+
+
+@pytest.fixture(scope="module")
+def begun(launcher, tmp_path_factory):
+    """A run of two stages that is over."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    ended = launcher.run(2, *GREEDY, "--run-dir", folder)
+    assert [one.code for one in ended] == [0, 0], ended
+    return folder
+
+
+def test_another_cut_begins_with_a_saved_network(launcher, begun, tmp_path):
+    for number, start in enumerate((begun, begun / "model")):
+        folder = tmp_path / str(number)
+        first = [*GREEDY, "--stage", 1, 4, "--epochs", 1, "--start-from", start]
+        for arguments in (first, ["train", "digits", "--epochs", 2, "--resume"]):
+            ended = launcher.run(2, *arguments, "--run-dir", folder)
+            assert [one.code for one in ended] == [0, 0], ended
+        run = open_run(folder)
+        assert run.start_from == start
+        assert run.recipe.stage == (1, 4)
+        assert same(weights(run), by_hand(run, torch.float32, begun / "model"))
+
+
+def test_one_process_begins_with_any_saved_network_and_does_not_need_it_again(hbll, begun, tmp_path):
+    first, second = shutil.copytree(begun, tmp_path / "first"), tmp_path / "second"
+    options = [*DIGITS, "--rule", "bp", "--epochs", 1]
+    assert hbll(*options, "--run-dir", second, "--start-from", first)[0] == 0
+    shutil.rmtree(first)
+    assert hbll("train", "digits", "--epochs", 2, "--resume", "--run-dir", second)[0] == 0
+    run = open_run(second)
+    recipe, samples = run.recipe, run.recipe.splits(None).train
+    network = recipe.initial_network(0)
+    network.load(begun / "model")
+    optimizer = AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    feed = Feed(run, samples)
+    for epoch in range(2):
+        for position in range(feed.steps_per_epoch):
+            ((x, y),) = feed.batches(feed.order(epoch), epoch, position)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(x), y).backward()
+            optimizer.step()
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(weights(run)[f"network.{name}"], tensor, rtol=0, atol=1e-5)
+    third = tmp_path / "third"  # from a run of one process, which has no model folder
+    assert hbll(*options, "--width", 8, "--run-dir", third, "--start-from", second) == (
+        2,
+        f"hbll: {second} holds another network than this one: embed.weight has shape (16, 64) there and (8, 64) here\n",
+    )
+    assert hbll(*options, "--run-dir", third, "--start-from", second, "--rule", "paper")[0] == 0
+    code, said = hbll("train", "digits", "--resume", "--run-dir", third, "--start-from", begun)
+    assert (code, f"was trained with --start-from {second}, not {begun}" in said) == (2, True)
+
+
+def test_a_network_that_cannot_be_begun_with_is_told_by_all(launcher, begun, tmp_path):
+    ended = launcher.run(
+        2, *GREEDY, "--blocks", 6, "--stage", 3, 3, "--start-from", begun, "--run-dir", tmp_path / "run"
+    )
+    said = f"{begun} holds another network than this one: blocks.5."
+    assert [(one.code, said in one.err, one.err.count("\n")) for one in ended] == [(2, True, 1)] * 2, ended
+    ended = launcher.run(2, *GREEDY, "--start-from", tmp_path / "none", "--run-dir", tmp_path / "run")
+    assert [(one.code, one.err.count("\n")) for one in ended] == [(2, 1)] * 2, ended
+    assert ended[0].err.startswith(f"hbll: {tmp_path}/none holds neither a run nor a saved network")
+    assert not (tmp_path / "run" / "configuration.json").exists()
+
+
+def test_a_network_of_other_tokens_is_told(tmp_path, monkeypatch):
+    recipe = RECIPES["shakespeare-gpt"](blocks=1, width=16)
+    other = Run(recipe=recipe, method="bp", seed=0, folder=tmp_path)
+    other.write_configuration(torch.device("cpu"), "loop")
+    other.vocabulary_file.write_text(Characters("ab").json())
+    monkeypatch.setattr(type(recipe), "vocabulary", lambda self, data_dir: Characters("xy"))
+    with pytest.raises(ValueError, match="holds a network of other tokens than those of shakespeare-gpt here"):
+        start_weights(replace(other, folder=tmp_path / "new", start_from=tmp_path))

@@ -1,7 +1,7 @@
 """The training loop: steps, epochs, checkpoints, and how a run ends before its time."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -25,6 +25,7 @@ from hbll.train.metrics import Metrics
 from hbll.train.optimizers import make_optimizers
 from hbll.train.run import Run, check_folder
 from hbll.train.schedule import scheduler
+from hbll.train.start import first_network, start_weights
 
 DIAGNOSED_SAMPLES = 256
 """Training samples, the first ones, on which stages are diagnosed at the end of an epoch; no more than a batch has."""
@@ -59,7 +60,7 @@ def train(
     check_folder(run, resume)
     splits = run.recipe.splits(run.data_dir).to(device())
     vocabulary = run.recipe.vocabulary(run.data_dir)
-    training = Training(run, splits.train)
+    training = Training(run, splits.train, None if resume else start_weights(run))
     with held(run.folder), deferred_interrupt() as interrupted:
         check_folder(run, resume)  # again: another process may have come first
         if resume:
@@ -134,15 +135,21 @@ class Sums:
 
 
 class Training:
-    """A run under way: all that changes from step to step, and how it does."""
+    """A run under way: all that changes from step to step, and how it does.
 
-    def __init__(self, run: Run, samples: Samples) -> None:
+    Args:
+        run: what is trained.
+        samples: to learn from.
+        weights: that the network begins with, if they are not drawn.
+    """
+
+    def __init__(self, run: Run, samples: Samples, weights: Mapping[str, Tensor] | None = None) -> None:
         recipe = run.recipe
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.run = run
         self.samples = samples
-        network = recipe.initial_network(run.seed).to(device())
+        network = first_network(run, weights).to(device())
         self.rule = recipe.rule(run.method, network, samples[: recipe.batch_size].inputs).to(device())
         optimizers = optimizers_of(recipe, self.rule)
         self.feed = Feed(run, samples)

@@ -43,6 +43,7 @@ from hbll.train.metrics import Metrics
 from hbll.train.planning import balanced_stages, check_balanced
 from hbll.train.run import Parallel, Run, check_folder
 from hbll.train.schedule import scheduler
+from hbll.train.start import first_network, start_weights
 
 
 def train_parallel(
@@ -70,7 +71,7 @@ def train_parallel(
         title, last = "", None
         try:
             splits = run.recipe.splits(run.data_dir).to(device()) if leads else None
-            task = first_says(splits and Task.of(run, splits))
+            task = first_says(splits and Task.of(run, splits, resume))
             part = Part(run, task, splits)
             title = f"{part.title}: "
             with held(run.folder) if leads else nullcontext():
@@ -149,12 +150,16 @@ class Task:
     test: Extent
     valid: Extent | None
 
+    weights: Mapping[str, Tensor] | None
+    """What the network begins with, if they are not drawn."""
+
     @classmethod
-    def of(cls, run: Run, splits: Splits) -> "Task":
+    def of(cls, run: Run, splits: Splits, resume: bool) -> "Task":
         example = splits.train[: run.recipe.batch_size].inputs.cpu()
         valid = Extent.of(splits.valid) if splits.valid else None
         steps = Feed(run, splits.train).steps_per_epoch
-        return cls(run.identity, steps, example, Extent.of(splits.test), valid)
+        weights = None if resume else start_weights(run)
+        return cls(run.identity, steps, example, Extent.of(splits.test), valid, weights)
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ class Part:
                     f"{flag(option)} is {value} in this process and {task.identity[option]} in the first one: start all "
                     "alike"
                 )
-        network = recipe.initial_network(run.seed).to(device())
+        network = first_network(run, task.weights).to(device())
         rule = recipe.rule(run.method, network, task.example.to(device())).to(device())
         self.chain = recipe.readouts(rule)[0]
         self.place = place = Place.of(run, rule)

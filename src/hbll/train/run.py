@@ -51,6 +51,8 @@ class Run:
     data_dir: Path | None = None
     parallel: Parallel = "none"
     wire: Wire = "float32"
+    start_from: Path | None = None
+    """The folder of the run, or of the saved network, whose weights it begins with."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -96,9 +98,13 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """The options that make a run what it is; a depth and the number of blocks that it stands for are one."""
         options = asdict(self.recipe) | {"method": self.method, "seed": self.seed, "blocks": self.recipe.block_count}
-        options |= {"parallel": self.parallel, "wire": self.wire}
+        options |= {"parallel": self.parallel, "wire": self.wire, "start_from": self._start}
         del options["depth"]
         return options
+
+    @property
+    def _start(self) -> str | None:
+        return None if self.start_from is None else str(self.start_from)
 
     @property
     def mark(self) -> dict[str, Any]:
@@ -153,6 +159,7 @@ class Run:
             "data_dir": str(self.data_dir.absolute()) if self.data_dir else None,
             "parallel": self.parallel,
             "wire": self.wire,
+            "start_from": self._start,
             "block_count": self.recipe.block_count,
             "device": str(device),
             "engine": engine,
@@ -182,6 +189,7 @@ def open_run(folder: Path) -> Run:
             data_dir=Path(stored["data_dir"]) if stored["data_dir"] else None,
             parallel=stored.get("parallel", "none"),  # which older versions do not say
             wire=stored.get("wire", "float32"),
+            start_from=Path(stored["start_from"]) if stored.get("start_from") else None,
         )
 
 
