@@ -262,5 +262,5 @@ def test_parts_of_a_tree_are_as_many_as_before(launcher, tmp_path):
     ended = launcher.run(3, *options, "--run-dir", tmp_path / "run")
     assert [one.code for one in ended] == [0] * 3, ended
     ended = launcher.run(2, "train", "digits", "--run-dir", tmp_path / "run", "--resume", "--epochs", 2)
-    said = "is of a run of 3 processes, not 2: start as many, or begin a new run\n"
+    said = "is of a run of 3 processes, not 2: start as many, or go on in one, without a launcher\n"
     assert [(one.code, one.err.endswith(said)) for one in ended] == [(2, True)] * 2, ended

@@ -144,7 +144,8 @@ class Run:
                     raise ValueError(f"{file} is of stage {state['stage']}, not {stage}: it is another's")
                 if stages not in (None, state["stages"]):
                     raise ValueError(
-                        f"{file} is of a run of {state['stages']} processes, not {stages}: start as many, or begin a new run"
+                        f"{file} is of a run of {state['stages']} processes, not {stages}: start as many, or go on in one, "
+                        "without a launcher"
                     )
                 found[state["epoch"]] = file, state
         return found
