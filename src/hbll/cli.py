@@ -255,8 +255,8 @@ def train(arguments: Sequence[str]) -> None:
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
     name = f"{recipe.name}-{options.method}-s{options.seed}"
-    asked = _value_of("--parallel", arguments) or "none"
-    if options.resume and asked == "none" and not launched(os.environ):
+    alone = (_value_of("--parallel", arguments) or "none") == "none" and not launched(os.environ)
+    if options.resume and alone and open_run(options.run_dir).parallel != "none":
         from hbll.train.together import put_together
 
         options = replace(options, parallel="none", wire="float32", balance=None)

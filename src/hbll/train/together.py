@@ -24,7 +24,7 @@ __all__ = ["put_together"]
 
 
 def put_together(run: Run) -> None:
-    """Makes what lies in the folder of a run on one process that run, if it was begun on several.
+    """Makes of the run on several processes that lies in the folder of a run the latter, which is of one.
 
     It stands behind the newest epoch that all stages have seen. Whoever stops in between leaves what was there.
 
@@ -35,8 +35,6 @@ def put_together(run: Run) -> None:
         ValueError: the folder holds no run, or another one; or a stage's checkpoint is missing, damaged or another's.
     """
     stored = open_run(run.folder)
-    if stored.parallel == "none":
-        return
     check_same(stored, replace(run, parallel=stored.parallel, wire=stored.wire))
     splits = run.recipe.splits(run.data_dir).to(device())
     with held(run.folder):
@@ -63,7 +61,7 @@ def put_together(run: Run) -> None:
 def _newest(run: Run) -> list[dict[str, Any]]:
     """The checkpoints of all stages, of the newest epoch that they have in common."""
     first = run.stage_checkpoints(1)
-    stages = max(state["stages"] for _, state in first.values())
+    stages = next(state["stages"] for _, state in first.values())
     found = [first, *(run.stage_checkpoints(stage, stages) for stage in range(2, stages + 1))]
     if not (common := set.intersection(*map(set, found))):
         raise ValueError(f"{run.folder}: the stages' checkpoints have no epoch in common: begin a new run")
