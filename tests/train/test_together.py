@@ -94,7 +94,7 @@ def start_and_stop(launcher, folder, *options):
     assert [one.code for one in ended] == [130, 130], ended
 
 
-TUNED = ["--gradient-clip", 0.5, "--schedule", "cosine", "--epochs", 40]
+TUNED = ["--gradient-clip", 0.5, "--schedule", "cosine", "--epochs", 20]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_one_process_goes_on_with_what_the_stages_had(launcher, alone, tmp_path,
     code, said = alone(folder)
     assert code == 0, said
     after = metrics.read(run.metrics_file)
-    assert [line.epoch for line in after] == list(range(1, 41))
+    assert [line.epoch for line in after] == list(range(1, 21))
     assert after[:done] == lines[:done]
-    assert checkpoint.load(run.checkpoint_file)["epoch"] == 40
+    assert checkpoint.load(run.checkpoint_file)["epoch"] == 20
 
 
 @pytest.mark.parametrize(
