@@ -61,12 +61,23 @@ class TrainOptions(Generic[RecipeT]):
     run_dir: Path | None = None
     """The run's folder (runs/RECIPE-METHOD-sSEED-TIME)."""
 
+    start_from: Path | None = None
+    """Folder of a run, or of what a network's save wrote, whose weights the network begins with, by any rule and any cut;
+    of several processes the first one reads it."""
+
     resume: FlagCreatePairsOff[bool] = False
     """Go on with the run in --run-dir; options not given are as the run has them."""
 
     parallel: Literal["none", "stages", "data"] = "none"
     """What each of several processes has, which torchrun has started: a stage (with more processes than stages, as many
     replicas of each), or a replica of the whole network, which learns from its share of every batch."""
+
+    balance: Literal["time"] | None = None
+    """Of --parallel stages, instead of --stage: cut the network into as many stages as there are processes, none of which
+    takes much longer than another, by times that the first process measures; a run that goes on keeps its stages."""
+
+    wire: Literal["float32", "bfloat16"] = "float32"
+    """Of --parallel stages: precision of states on the links; float32 is their own."""
 
     timeout: float = 30.0
     """Of several processes: seconds for which one waits for another before it ends, longer than any step takes."""
@@ -83,6 +94,8 @@ class TrainOptions(Generic[RecipeT]):
             raise ValueError(f"--timeout must be above 0 and below 10^9 seconds, not {self.timeout}")
         if self.wait_for_stages is not None and not 1 <= self.wait_for_stages < 10**9:
             raise ValueError(f"--wait-for-stages must be at least 1 and below 10^9 seconds, not {self.wait_for_stages}")
+        if self.balance and self.parallel != "stages":
+            raise ValueError("--balance is of stages in processes: leave it out, or give --parallel stages too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,11 +262,18 @@ class PlanOptions(Generic[RecipeT]):
 
 def train(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      train a network"""
+    from hbll.distributed.launch import launched
     from hbll.train.console import train_shown
     from hbll.train.run import open_run
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
     name = f"{recipe.name}-{options.method}-s{options.seed}"
+    alone = (_value_of("--parallel", arguments) or "none") == "none" and not launched(os.environ)
+    if options.resume and alone and open_run(options.run_dir).parallel != "none":
+        from hbll.train.together import put_together
+
+        options = replace(options, parallel="none", wire="float32", balance=None)
+        put_together(_run_of(options, options.run_dir))
     if options.parallel != "none":
         _train_parallel(options, name)
     if options.wait_for_stages is not None:
@@ -267,11 +287,15 @@ def _train_parallel(options: Any, name: str) -> NoReturn:
     """This process's part of a run on several; results and progress are the first one's."""
     from hbll.distributed.launch import first_says, join, rank_of
     from hbll.train.console import train_shown
-    from hbll.train.parallel import apart, train_parallel
+    from hbll.train.parallel import apart, stages_by_time, train_parallel
+    from hbll.train.planning import check_balanced
     from hbll.train.waiting import waiting
 
     options = replace(options, recipe=apart(options.recipe, options.method, options.parallel))
     options.recipe.check([options.method])
+    balances = options.balance and not options.resume
+    if balances:
+        check_balanced(options.recipe, options.method)
     leads = rank_of(os.environ) == 0
     patience = options.wait_for_stages
 
@@ -282,6 +306,11 @@ def _train_parallel(options: Any, name: str) -> NoReturn:
         ):
             join(options.timeout, options.backend, patience)
             run = _run_of(options, options.run_dir or first_says(folder))
+            if balances:
+                sizes = stages_by_time(run)
+                run = replace(run, recipe=replace(options.recipe, stage=sizes))
+                if leads:
+                    print("stages by measured time: --stage", *sizes, file=sys.stderr)
             if leads:
                 train_shown(run, resume=options.resume, by=train_parallel)
             else:
@@ -302,6 +331,8 @@ def _run_of(options: Any, folder: Path) -> "Run":
         folder=folder,
         data_dir=options.data_dir,
         parallel=options.parallel,
+        wire=options.wire,
+        start_from=options.start_from,
     )
 
 

@@ -308,11 +308,7 @@ def test_what_a_launcher_does_not_say_is_told(capsys, monkeypatch, told, sentenc
     assert (stop.value.code, capsys.readouterr().err) == (2, f"hbll: {sentence}\n")
 
 
-def test_a_run_of_processes_says_so_where_there_is_one(whole, capsys, tmp_path):
-    run, _ = whole
-    with pytest.raises(SystemExit):
-        cli.main(["train", "digits", "--run-dir", str(run.folder), "--resume", "--parallel", "none"])
-    assert "was trained with --parallel stages, not none" in capsys.readouterr().err
+def test_a_timeout_is_above_0(capsys):
     with pytest.raises(SystemExit):
         cli.main([str(argument) for argument in [*STREAM, "--timeout", 0]])
     assert "--timeout must be above 0" in capsys.readouterr().err

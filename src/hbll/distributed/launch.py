@@ -13,12 +13,17 @@ from torch.distributed import distributed_c10d
 from hbll.distributed.link import lost
 from hbll.distributed.rollcall import roll_call
 
-__all__ = ["Backend", "all_say", "first_says", "join", "rank_of", "wait_for_all"]
+__all__ = ["Backend", "all_say", "first_says", "join", "launched", "rank_of", "wait_for_all"]
 
 Backend: TypeAlias = Literal["gloo", "nccl"]
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher such as torchrun tells a process: its number, from 0, the number of processes, and where they meet."""
+
+
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has said anything."""
+    return any(name in environment for name in VARIABLES)
 
 
 def rank_of(environment: Mapping[str, str]) -> int:
@@ -53,7 +58,7 @@ def join(seconds: float, backend: Backend | None = None, patience: float | None 
     Raises:
         ValueError: nccl without enough GPUs; the processes do not come together, or another program listens at their port.
         TimeoutError: with ``patience``, the processes do not come together.
-        ConnectionError: with ``patience``, one of them was lost when all had come.
+        ConnectionError: one of them was lost when all had come.
     """
     rank, gpus = rank_of(os.environ), torch.cuda.device_count()
     place, beside = (int(os.environ.get(f"LOCAL_{name}", os.environ[name])) for name in ("RANK", "WORLD_SIZE"))
@@ -93,6 +98,7 @@ def join(seconds: float, backend: Backend | None = None, patience: float | None 
             raise error
         kind = TimeoutError if patience and isinstance(error, TimeoutError) else ValueError
         raise kind(_not_joined(rank, patience or seconds, str(error))) from error
+    wait_for_all()  # or the first one might end, with what others ask for to meet
 
 
 def _not_joined(rank: int, seconds: float, reason: str) -> str:

@@ -10,6 +10,7 @@ for x, y in shares:                                                        # of 
     optimizer.step()
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -32,9 +33,10 @@ class Replica:
     """
 
     def __init__(self, rule: Rule) -> None:
-        with lost(
-            "another replica"
-        ):  # rules leave some parameters out in some steps; running statistics stay each one's
+        with lost("another replica"), warnings.catch_warnings():
+            # The name that comes in its place is not known to all versions, and means something else.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            # Rules leave some parameters out in some steps; running statistics stay each one's.
             self._averaging = DistributedDataParallel(rule, find_unused_parameters=True, broadcast_buffers=False)
         self.rule = rule
         self.module: nn.Module = rule

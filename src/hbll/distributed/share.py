@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from hbll.distributed.link import lost
 from hbll.rule import Rule
 
-__all__ = ["Share", "average"]
+__all__ = ["Share", "average", "modules_of"]
 
 
 class Share:
@@ -51,7 +51,7 @@ class Share:
         self.owned = owned
         self.stages = owned[self.place]
         """The stages of this process."""
-        self.module = nn.ModuleList(_modules(rule, self.stages))
+        self.module = nn.ModuleList(modules_of(rule, self.stages))
         """What the process owns."""
         _let_go(rule, owned, self.place)
         self._ranks: list[int] = mesh.mesh[:, self.replica].tolist()
@@ -94,7 +94,7 @@ class Share:
         for place, rank in enumerate(self._ranks[1:], 1):
             if self.place not in (0, place):
                 continue
-            module = nn.ModuleList(_modules(self.rule, self.owned[place]))
+            module = nn.ModuleList(modules_of(self.rule, self.owned[place]))
             if self.place == 0:
                 module.to_empty(device=self.device)
             with lost(self.title(0 if self.place else place)):
@@ -129,7 +129,8 @@ def average(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def _modules(rule: Rule, stages: Sequence[int]) -> list[nn.Module]:
+def modules_of(rule: Rule, stages: Sequence[int]) -> list[nn.Module]:
+    """Everything that belongs to some stages of a rule, in order."""
     return [module for n in stages for module in rule.own(n)]
 
 
@@ -157,5 +158,5 @@ def _let_go(rule: Rule, owned: Sequence[tuple[int, ...]], place: int) -> None:
                         )
     for k, stages in enumerate(owned):
         if k != place:
-            for module in _modules(rule, stages):
+            for module in modules_of(rule, stages):
                 module.to(device="meta")

@@ -36,7 +36,7 @@ from hbll.rules.tree import ArcCredit, TreeStates
 from hbll.rules.tree import Tree as TreeRule
 from hbll.tree import Tree
 
-__all__ = ["Level", "TreeWorker", "check_tree", "levels"]
+__all__ = ["Level", "TreeWorker", "check_tree", "even_sizes", "levels"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class TreeWorker(Share):
     ) -> None:
         self._states, self._credit = check_tree(rule)
         if sizes is None:
-            sizes = _even(len(rule.stages), dist.get_world_size() if mesh is None else mesh.mesh.shape[0])
+            sizes = even_sizes(len(rule.stages), dist.get_world_size() if mesh is None else mesh.mesh.shape[0])
         if min(sizes) < 1 or sum(sizes) != len(rule.stages):
             raise ValueError(f"the rule has {len(rule.stages)} stages: sizes are to add up to them; got {tuple(sizes)}")
         self._cut = rule.evaluated  # by an engine that is chosen for all blocks
@@ -329,8 +329,12 @@ def check_tree(rule: TreeRule) -> tuple[TreeStates, ArcCredit]:
     return states, credit
 
 
-def _even(stages: int, processes: int) -> list[int]:
-    """Stages of every process, as even as can be."""
+def even_sizes(stages: int, processes: int) -> list[int]:
+    """Stages of every process, as even as can be.
+
+    Raises:
+        ValueError: there are more processes than stages.
+    """
     if processes > stages:
         raise ValueError(
             f"the rule has {stages} stages, and there are {processes} processes: start {stages} or fewer, or say by sizes= "

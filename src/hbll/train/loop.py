@@ -1,17 +1,18 @@
 """The training loop: steps, epochs, checkpoints, and how a run ends before its time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hbll.data import Samples, Splits
 from hbll.files import write_atomically
 from hbll.modes import evaluating
-from hbll.recipes import Measure
-from hbll.rule import Step
+from hbll.recipes import Measure, Recipe
+from hbll.rule import Rule, Step
 from hbll.rules.composed import Composed
 from hbll.train import checkpoint, metrics
 from hbll.train.descent import Descent
@@ -25,6 +26,7 @@ from hbll.train.metrics import Metrics
 from hbll.train.optimizers import make_optimizers
 from hbll.train.run import Run, check_folder
 from hbll.train.schedule import scheduler
+from hbll.train.start import first_network, start_weights
 
 DIAGNOSED_SAMPLES = 256
 """Training samples, the first ones, on which stages are diagnosed at the end of an epoch; no more than a batch has."""
@@ -59,7 +61,7 @@ def train(
     check_folder(run, resume)
     splits = run.recipe.splits(run.data_dir).to(device())
     vocabulary = run.recipe.vocabulary(run.data_dir)
-    training = Training(run, splits.train)
+    training = Training(run, splits.train, None if resume else start_weights(run))
     with held(run.folder), deferred_interrupt() as interrupted:
         check_folder(run, resume)  # again: another process may have come first
         if resume:
@@ -84,6 +86,8 @@ def train(
             metrics.append(run.metrics_file, line)
             training.save()
             on_epoch(line)
+        if run.model_folder.exists():  # of a run that several processes began
+            training.rule.network.save(run.model_folder)
         if interrupted():  # in the last evaluation: of a comparison the next run is not to begin
             raise Interrupted
 
@@ -96,6 +100,18 @@ def is_best(line: Metrics, before: Sequence[Metrics], measure: Measure) -> bool:
     earlier = [known.validation[measure.name] for known in before if known.validation]
     finite = [known for known in earlier if known is not None]
     return value is not None and value not in finite and measure.best([value, *finite]) == value
+
+
+def optimizers_of(recipe: Recipe, rule: Rule, parameters: Iterable[nn.Parameter] | None = None) -> list[Optimizer]:
+    """What moves the parameters of a rule, or those of a stage, as a recipe says."""
+    return make_optimizers(
+        rule,
+        recipe.optimizer,
+        recipe.learning_rate,
+        recipe.weight_decay,
+        error_feedback=recipe.error_feedback,
+        parameters=parameters,
+    )
 
 
 @dataclass
@@ -120,23 +136,23 @@ class Sums:
 
 
 class Training:
-    """A run under way: all that changes from step to step, and how it does."""
+    """A run under way: all that changes from step to step, and how it does.
 
-    def __init__(self, run: Run, samples: Samples) -> None:
+    Args:
+        run: what is trained.
+        samples: to learn from.
+        weights: that the network begins with, if they are not drawn.
+    """
+
+    def __init__(self, run: Run, samples: Samples, weights: Mapping[str, Tensor] | None = None) -> None:
         recipe = run.recipe
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.run = run
         self.samples = samples
-        network = recipe.initial_network(run.seed).to(device())
+        network = first_network(run, weights).to(device())
         self.rule = recipe.rule(run.method, network, samples[: recipe.batch_size].inputs).to(device())
-        optimizers = make_optimizers(
-            self.rule,
-            recipe.optimizer,
-            recipe.learning_rate,
-            recipe.weight_decay,
-            error_feedback=recipe.error_feedback,
-        )
+        optimizers = optimizers_of(recipe, self.rule)
         self.feed = Feed(run, samples)
         self.steps_per_epoch = self.feed.steps_per_epoch
         steps = recipe.epochs * self.steps_per_epoch

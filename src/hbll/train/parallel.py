@@ -38,11 +38,12 @@ from hbll.train.evaluate import PathResult, means, summed, units_of
 from hbll.train.feed import Feed
 from hbll.train.hold import held
 from hbll.train.interrupt import deferred_interrupt
-from hbll.train.loop import Sums, is_best
+from hbll.train.loop import Sums, is_best, optimizers_of
 from hbll.train.metrics import Metrics
-from hbll.train.optimizers import make_optimizers
+from hbll.train.planning import balanced_stages, check_balanced
 from hbll.train.run import Parallel, Run, check_folder
 from hbll.train.schedule import scheduler
+from hbll.train.start import first_network, start_weights
 from hbll.train.waiting import LostError
 
 
@@ -71,7 +72,7 @@ def train_parallel(
         title, last, began = "", None, 0
         try:
             splits = run.recipe.splits(run.data_dir).to(device()) if leads else None
-            task = first_says(splits and Task.of(run, splits))
+            task = first_says(splits and Task.of(run, splits, resume))
             part = Part(run, task, splits)
             title = f"{part.title}: "
             with held(run.folder) if leads else nullcontext():
@@ -107,6 +108,23 @@ def apart(recipe: Recipe, method: str, parallel: Parallel) -> Recipe:
     return recipe
 
 
+def stages_by_time(run: Run) -> tuple[int, ...]:
+    """The sizes of stages for a new run, one for every process, as the first one cuts the network by measured time.
+
+    Raises:
+        ValueError: the folder holds a run, there are more processes than blocks, or the data set is missing.
+        ConnectionError: another process is lost.
+    """
+    check_folder(run, resume=False)  # before all that is measured
+    recipe, stages = check_balanced(run.recipe, run.method), dist.get_world_size()
+    if stages > recipe.block_count:
+        raise ValueError(
+            f"{recipe.block_count} blocks cannot be cut into {stages} stages: start {recipe.block_count} processes at most"
+        )
+    leads = dist.get_rank() == 0
+    return first_says(balanced_stages(recipe, run.method, run.data_dir, stages) if leads else None)
+
+
 @dataclass(frozen=True)
 class Extent:
     """Of samples that only the first stage has."""
@@ -135,12 +153,16 @@ class Task:
     test: Extent
     valid: Extent | None
 
+    weights: Mapping[str, Tensor] | None
+    """What the network begins with, if they are not drawn."""
+
     @classmethod
-    def of(cls, run: Run, splits: Splits) -> "Task":
+    def of(cls, run: Run, splits: Splits, resume: bool) -> "Task":
         example = splits.train[: run.recipe.batch_size].inputs.cpu()
         valid = Extent.of(splits.valid) if splits.valid else None
         steps = Feed(run, splits.train).steps_per_epoch
-        return cls(run.identity, steps, example, Extent.of(splits.test), valid)
+        weights = None if resume else start_weights(run)
+        return cls(run.identity, steps, example, Extent.of(splits.test), valid, weights)
 
 
 @dataclass(frozen=True)
@@ -204,6 +226,23 @@ class Said:
     """What a replica of the whole network keeps."""
 
 
+def carry_of(run: Run, carries: Sequence[Any], replica: int, replicas: int) -> Any:
+    """What a replica takes up of what those before have kept; ValueError when it cannot be shared out again."""
+    if len(carries) == replicas:
+        return carries[replica]
+    if any(map(tensor_bytes, carries)):
+        raise ValueError(
+            f"{run.folder} is of {len(carries)} replicas, each of which keeps batches of its own from step to step: start "
+            f"{len(carries)} processes, not {replicas}"
+        )
+    return carries[0]
+
+
+def draw_anew(*place: int) -> None:
+    """Begins the random numbers of a seed, an epoch, a stage and a replica."""
+    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+
+
 class Part:
     """A process's part of a run under way."""
 
@@ -218,7 +257,7 @@ class Part:
                     f"{flag(option)} is {value} in this process and {task.identity[option]} in the first one: start all "
                     "alike"
                 )
-        network = recipe.initial_network(run.seed).to(device())
+        network = first_network(run, task.weights).to(device())
         rule = recipe.rule(run.method, network, task.example.to(device())).to(device())
         self.chain = recipe.readouts(rule)[0]
         self.place = place = Place.of(run, rule)
@@ -226,8 +265,10 @@ class Part:
             if run.parallel == "stages":
                 names = ("stage", "data")
                 mesh = init_device_mesh(device().type, (place.stages, place.replicas), mesh_dim_names=names)
-                by_tree = isinstance(rule, Tree)
-                self.worker: Worker | TreeWorker | Replica = TreeWorker(rule, mesh) if by_tree else Worker(rule, mesh)
+                wire = torch.bfloat16 if run.wire == "bfloat16" else None
+                self.worker: Worker | TreeWorker | Replica = (
+                    TreeWorker(rule, mesh, wire=wire) if isinstance(rule, Tree) else Worker(rule, mesh, wire=wire)
+                )
                 self._siblings = mesh.get_group("data")
             else:
                 self.worker = Replica(rule)
@@ -240,14 +281,7 @@ class Part:
         self.splits = splits
         """What the process reads."""
         self.feed = Feed(run, splits.train) if splits else None
-        self.optimizers = make_optimizers(
-            rule,
-            recipe.optimizer,
-            recipe.learning_rate,
-            recipe.weight_decay,
-            error_feedback=recipe.error_feedback,
-            parameters=self.worker.parameters(),
-        )
+        self.optimizers = optimizers_of(recipe, rule, self.worker.parameters())
         steps = recipe.epochs * task.steps
         self.schedules = [scheduler(recipe.schedule, optimizer, steps) for optimizer in self.optimizers]
         self.epoch = 0
@@ -357,6 +391,8 @@ class Part:
             self.file.replace(self.file_before)
         state = {
             "run": self.run.mark,
+            "stage": self.place.stage,
+            "stages": self.place.stages,
             "epoch": self.epoch,
             "metrics": metrics.digest(self.run.metrics_file) if self.place.leads else None,
             "module": self.worker.module.state_dict(),
@@ -368,7 +404,8 @@ class Part:
 
     def restore(self) -> None:
         """Goes back to the newest epoch that all stages have seen; ValueError when there is none, or not for this run."""
-        found = self._stored() if self.place.replica == 0 else {}
+        place = self.place
+        found = self.run.stage_checkpoints(place.stage, place.stages) if place.replica == 0 else {}
         known = [
             set(epochs) for epochs in all_say(list(found) if self.place.replica == 0 else None) if epochs is not None
         ]
@@ -388,7 +425,7 @@ class Part:
         with checkpoint.understood(self.file):
             state = own_copy(state)  # tensors in a file's memory lie unaligned, on which kernels round otherwise
             self.worker.module.load_state_dict(state["module"])
-            self.worker.load_carry(self._carry(state["carries"]))
+            self.worker.load_carry(carry_of(self.run, state["carries"], place.replica, place.replicas))
             for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(stored)
             for schedule, stored in zip(self.schedules, state["schedules"], strict=True):
@@ -397,27 +434,10 @@ class Part:
             metrics.cut(self.run.metrics_file, self.epoch, state["metrics"])
         self._write_configuration()  # which may have been of fewer epochs
 
-    def _stored(self) -> dict[int, tuple[Path, Any]]:
-        """The stage's checkpoints and their files, by the epochs that they have seen."""
-        files = [file for file in (self.file_before, self.file) if file.exists()] or [self.file]
-        states = [(file, self.run.load_checkpoint(file=file)) for file in files]
-        return {state["epoch"]: (file, state) for file, state in states}
-
-    def _carry(self, carries: Sequence[Any]) -> Any:
-        if len(carries) == self.place.replicas:
-            return carries[self.place.replica]
-        if any(map(tensor_bytes, carries)):
-            raise ValueError(
-                f"{self.run.folder} is of {len(carries)} replicas, each of which keeps batches of its own from step to "
-                f"step: start {len(carries)} processes, not {self.place.replicas}"
-            )
-        return carries[0]
-
     def _learn(self, before_step: Callable[[int], None]) -> Sums:
         """Takes the steps of an epoch."""
         # What is drawn is a function of seed, epoch and place, so that it need not be saved.
-        place = [self.run.seed, self.epoch, self.place.stage, self.place.replica]
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        draw_anew(self.run.seed, self.epoch, self.place.stage, self.place.replica)
         sums = Sums(torch.zeros((), dtype=torch.float64, device=device()))
         order = self.feed.order(self.epoch) if self.feed else None
         for position in range(self.task.steps):

@@ -1,17 +1,53 @@
-"""What a recipe's network costs on this machine, for plans of more devices."""
+"""What a recipe's network costs on this machine, for plans of more devices, and the stages that it is cut into by that."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from hbll.distributed.cost import Costs
+from hbll.distributed.cost import Costs, ReadoutKind, balanced
 from hbll.distributed.measure import measured_costs
 from hbll.network import Chain
 from hbll.recipes import Recipe
+from hbll.recipes.base import ChainRecipe
 from hbll.train.device import device
 from hbll.train.optimizers import make_optimizers
 
-__all__ = ["recipe_costs"]
+__all__ = ["balanced_stages", "check_balanced", "recipe_costs"]
+
+READOUTS: Mapping[str, ReadoutKind] = {
+    "stream": "spine",
+    "greedy": "head",
+    "solo": "solo",
+    "dgl": "head",
+    "predsim": "head",
+}
+"""What stages read by, unless a recipe says otherwise; a classifier of another kind counts as a head."""
+
+
+def check_balanced(recipe: Recipe, method: str) -> ChainRecipe:
+    """The recipe; ValueError when its stages are given already, or nothing is known of the time that they take."""
+    if method not in READOUTS or not isinstance(recipe, ChainRecipe):
+        raise ValueError(
+            f"--balance time knows what stages take by {', '.join(READOUTS)}, and not by {method}: give --stage"
+        )
+    for option, value in (("--stage", recipe.stage), ("--cuts", recipe.cuts)):
+        if value is not None:
+            raise ValueError(f"give {option} or --balance, not both")
+    if recipe.readout_depth is not None:
+        raise ValueError(
+            "--balance time counts readouts of the usual depth: leave out --readout-depth, or give --stage"
+        )
+    return recipe
+
+
+def balanced_stages(recipe: ChainRecipe, method: str, data_dir: Path | None, stages: int) -> tuple[int, ...]:
+    """The sizes of so many stages of a recipe's network, the slowest of which is as fast here as can be.
+
+    Raises:
+        ValueError: the data set is missing.
+    """
+    return balanced(recipe_costs(recipe, data_dir), stages, recipe.batch_size, recipe.readout or READOUTS[method])
 
 
 def recipe_costs(recipe: Recipe, data_dir: Path | None) -> Costs:

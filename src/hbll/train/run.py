@@ -34,12 +34,15 @@ CONFIGURATION, COMPARISON = "configuration.json", "comparison.json"
 Parallel: TypeAlias = Literal["none", "stages", "data"]
 """What several processes have each: nothing, as there is one; a stage, or a replica of one; a replica of the network."""
 
+Wire: TypeAlias = Literal["float32", "bfloat16"]
+"""The precision of states on the links between stages; float32 is their own."""
+
 _LIBRARIES = ("hbll", "torch", "numpy", "safetensors", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run; ValueError for a seed that torch cannot take."""
+    """One training run; ValueError for a seed that torch cannot take, or a wire without links."""
 
     recipe: Recipe
     method: str
@@ -47,12 +50,17 @@ class Run:
     folder: Path
     data_dir: Path | None = None
     parallel: Parallel = "none"
+    wire: Wire = "float32"
+    start_from: Path | None = None
+    """The folder of the run, or of the saved network, whose weights it begins with."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {self.seed}")
         if self.seed >= 2**64:
             raise ValueError(f"--seed must be less than 2^64, not {self.seed}")
+        if self.wire != "float32" and self.parallel != "stages":
+            raise ValueError("--wire is of the links between stages: leave it out, or give --parallel stages too")
 
     @property
     def configuration_file(self) -> Path:
@@ -90,9 +98,13 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """The options that make a run what it is; a depth and the number of blocks that it stands for are one."""
         options = asdict(self.recipe) | {"method": self.method, "seed": self.seed, "blocks": self.recipe.block_count}
-        options["parallel"] = self.parallel
+        options |= {"parallel": self.parallel, "wire": self.wire, "start_from": self._start}
         del options["depth"]
         return options
+
+    @property
+    def _start(self) -> str | None:
+        return None if self.start_from is None else str(self.start_from)
 
     @property
     def mark(self) -> dict[str, Any]:
@@ -114,6 +126,30 @@ class Run:
                     raise ValueError(f"{file} is of another run, with {flag(option)} {value}, not {ours[option]}")
         return state
 
+    def stage_checkpoints(self, stage: int, stages: int | None = None) -> dict[int, tuple[Path, dict[str, Any]]]:
+        """The checkpoints of a stage and their files, by the epochs that they have seen.
+
+        ValueError when there is none, or one is damaged, another run's or stage's, or not of so many stages.
+        """
+        files = [file for file in reversed(self.stage_files(stage)) if file.exists()]
+        if not files:
+            raise ValueError(
+                f"{self.folder} has no {self.stage_files(stage)[0].name}: give the folder in which this stage was trained"
+            )
+        found = {}
+        for file in files:
+            state = self.load_checkpoint(file=file)
+            with checkpoint.understood(file):
+                if state["stage"] != stage:
+                    raise ValueError(f"{file} is of stage {state['stage']}, not {stage}: it is another's")
+                if stages not in (None, state["stages"]):
+                    raise ValueError(
+                        f"{file} is of a run of {state['stages']} processes, not {stages}: start as many, or go on in one, "
+                        "without a launcher"
+                    )
+                found[state["epoch"]] = file, state
+        return found
+
     def write_configuration(self, device: torch.device, engine: str) -> None:
         """Writes what is run, and with what: the folder is a run's from then on."""
         configuration = {
@@ -123,6 +159,8 @@ class Run:
             "options": asdict(self.recipe),
             "data_dir": str(self.data_dir.absolute()) if self.data_dir else None,
             "parallel": self.parallel,
+            "wire": self.wire,
+            "start_from": self._start,
             "block_count": self.recipe.block_count,
             "device": str(device),
             "engine": engine,
@@ -151,6 +189,8 @@ def open_run(folder: Path) -> Run:
             folder=folder,
             data_dir=Path(stored["data_dir"]) if stored["data_dir"] else None,
             parallel=stored.get("parallel", "none"),  # which older versions do not say
+            wire=stored.get("wire", "float32"),
+            start_from=Path(stored["start_from"]) if stored.get("start_from") else None,
         )
 
 
