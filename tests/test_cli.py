@@ -529,7 +529,7 @@ def test_a_missing_extra_is_told_with_what_to_install(hbll, monkeypatch):
 
 
 def test_a_sigmoid_network_learns_mnist_from_the_published_files(hbll, mnist_folder):
-    options = ["--depth", "2", "--epochs", "1", "--train-samples", "12800", "--method", "paper", "--run-dir", "run"]
+    options = ["--depth", "2", "--epochs", "2", "--train-samples", "12800", "--method", "paper", "--run-dir", "run"]
     assert hbll("train", "mnist-mlp", *options, "--data-dir", mnist_folder)[0] == 0
     code, out, _ = hbll("evaluate", "run", "--json")  # which finds the data where the run did
     assert code == 0

@@ -117,6 +117,6 @@ def test_importing_the_package_is_cheap():
         "from hbll.sublinear import fit, SublinearRegressor\n"
         "assert 'torch' not in sys.modules\n"
         "others = [name for name in sys.modules if name.startswith('hbll.') and 'sublinear' not in name]\n"
-        "assert not others, others\n"
+        "assert not set(others) - {'hbll.machine'}, others\n"  # how much memory there is
     )
     subprocess.run([sys.executable, "-c", code], check=True)
