@@ -80,7 +80,8 @@ class TrainOptions(Generic[RecipeT]):
     """Of --parallel stages: precision of states on the links; float32 is their own."""
 
     timeout: float = 30.0
-    """Of several processes: seconds for which one waits for another before it ends, longer than any step takes."""
+    """Of several processes: seconds for which one waits for another before it ends, longer than any step takes, and
+    than the first one takes to read its data."""
 
     wait_for_stages: float | None = None
     """Of several processes that were started one by one: seconds for which they wait at the start until all are there, and
@@ -94,6 +95,9 @@ class TrainOptions(Generic[RecipeT]):
             raise ValueError(f"--timeout must be above 0 and below 10^9 seconds, not {self.timeout}")
         if self.wait_for_stages is not None and not 1 <= self.wait_for_stages < 10**9:
             raise ValueError(f"--wait-for-stages must be at least 1 and below 10^9 seconds, not {self.wait_for_stages}")
+        for option, given in (("--timeout", self.timeout != 30), ("--backend", self.backend is not None)):
+            if given and self.parallel == "none":
+                raise ValueError(f"{option} is of several processes: leave it out, or give --parallel stages or data")
         if self.balance and self.parallel != "stages":
             raise ValueError("--balance is of stages in processes: leave it out, or give --parallel stages too")
 
@@ -269,6 +273,8 @@ def train(arguments: Sequence[str]) -> None:
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
     name = f"{recipe.name}-{options.method}-s{options.seed}"
     alone = (_value_of("--parallel", arguments) or "none") == "none" and not launched(os.environ)
+    if options.wait_for_stages is not None and (alone or options.parallel == "none"):
+        raise ValueError("--wait-for-stages is of several processes: leave it out, or give --parallel stages or data")
     if options.resume and alone and open_run(options.run_dir).parallel != "none":
         from hbll.train.together import put_together
 
@@ -276,8 +282,6 @@ def train(arguments: Sequence[str]) -> None:
         put_together(_run_of(options, options.run_dir))
     if options.parallel != "none":
         _train_parallel(options, name)
-    if options.wait_for_stages is not None:
-        raise ValueError("--wait-for-stages is of several processes: leave it out, or give --parallel stages or data")
     options.recipe.check([options.method])
     with _folder(options.run_dir, name) as folder:
         train_shown(_run_of(options, folder), resume=options.resume)
@@ -449,10 +453,11 @@ def plan(arguments: Sequence[str]) -> None:
     from hbll.distributed.simulate import Network
     from hbll.files import write_atomically
     from hbll.train.console import show_table
-    from hbll.train.planning import recipe_costs
+    from hbll.train.planning import check_planned, recipe_costs
     from hbll.train.plots import growing
 
     recipe, options = _recipe_options("plan", arguments, PlanOptions)
+    check_planned(options.recipe)
     costs = recipe_costs(options.recipe, options.data_dir)
     network = Network(options.mbit * 1e6 / 8 or float("inf"), options.delay_ms / 1e3)
     memory = None if options.memory_mib is None else options.memory_mib * 2**20

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,10 +107,14 @@ def test_stages_in_processes_come_to_what_they_do_in_one(whole):
     assert (second.out, second.err) == ("", "")
 
 
-def wait_for_lines(file, count):
+def wait_for(there):
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (file.exists() and file.read_bytes().count(b"\n") >= count):
+    while time.monotonic() < deadline and not there():
         time.sleep(0.001)
+
+
+def wait_for_lines(file, count):
+    wait_for(lambda: file.exists() and file.read_bytes().count(b"\n") >= count)
 
 
 def test_a_killed_stage_ends_the_others_and_the_run_goes_on(launcher, whole, tmp_path):
@@ -206,7 +211,37 @@ def test_the_weights_that_validate_best_are_kept(launcher, tmp_path):
     assert best < 9  # else the last ones would do
     after = in_one_process(run, 10)
     assert same(checkpoint.load(run.best_file)["rule"], after[best])
+    assert checkpoint.load(run.best_file)["epoch"] == best + 1
     assert same(weights(run), after[9])
+
+
+def test_a_run_that_goes_on_has_no_old_weights_for_its_own(launcher, whole, tmp_path):
+    run, _ = whole
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    assert open_run(folder).checkpoint_file.exists()
+    pids = launcher.start(2, "train", "digits", "--run-dir", folder, "--resume", "--epochs", 1000)
+    wait_for_lines(folder / "metrics.jsonl", 13)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    assert [one.code for one in launcher.wait(pids)] == [130, 130]
+    with pytest.raises(ValueError, match="its stages are put together at the end of the run"):
+        evaluate_run(folder)
+
+
+def test_a_beginning_that_came_to_nothing_leaves_nothing_behind(launcher, whole, tmp_path):
+    run, _ = whole
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    for file in folder.iterdir():
+        if file.name not in ("stage-1.safetensors", "stage-2.safetensors"):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    options = [*DIGITS, "--rule", "stream", "--parallel", "stages", "--epochs", 3]  # of another run
+    pids = launcher.start(2, *options, "--run-dir", folder)
+    wait_for(lambda: (folder / "configuration.json").exists())
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    launcher.wait(pids)
+    ended = launcher.run(2, "train", "digits", "--run-dir", folder, "--resume")
+    assert [one.code for one in ended] == [0, 0], ended
 
 
 APART = (

@@ -235,6 +235,7 @@ def part(folder):
         (part, [], "the stages' checkpoints have no epoch in common: begin a new run"),
         (lambda folder: None, ["--width", 8], "was trained with --width 16, not 8"),
         (lambda folder: None, ["--parallel", "stages"], "several processes are started by torchrun"),
+        (lambda folder: None, ["--wait-for-stages", 5], "--wait-for-stages is of several processes"),
     ],
 )
 def test_what_cannot_be_put_together_is_told_and_nothing_changes(three, alone, tmp_path, spoil, options, sentence):

@@ -250,6 +250,8 @@ def lost(title: str) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0].split(". This is typically")[0]
         raise ConnectionError(f"{title} ended, or did not answer in time ({reason})") from error

@@ -36,16 +36,16 @@ def whole(refresh: int | None) -> dict[str, Build]:
     """Schemes that do not split a batch any further.
 
     Args:
-        refresh: steps after which copies meet their originals; None for never.
+        refresh: steps after which copies meet their originals; None for what rules do by themselves: never, but ``solo``,
+            which reads the head in every step.
     """
 
     def local(kind: ReadoutKind) -> Build:
         def build(costs: Costs, batch: int, devices: int, *_: object) -> Priced:
-            if refresh and 6 * devices * refresh > MOST_OPERATIONS:
-                raise ValueError(
-                    f"{refresh} steps of {devices} stages are too many to simulate from refresh to refresh"
-                )
-            return by_local_stages(costs, batch, devices, kind, refresh=refresh)
+            often = refresh or (1 if kind == "solo" else None)  # which reads the head in every step unless told
+            if often and 6 * devices * often > MOST_OPERATIONS:
+                raise ValueError(f"{often} steps of {devices} stages are too many to simulate from refresh to refresh")
+            return by_local_stages(costs, batch, devices, kind, refresh=often)
 
         return build
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hbll.calls import refuse_in_place
 from hbll.distributed.link import lost
 from hbll.rule import Rule, Step
 
@@ -59,7 +60,11 @@ class Replica:
         with nullcontext() if average else self._averaging.no_sync():
             step = self._averaging(x, y)
             with lost("another replica"):
-                (step.loss * scale).backward()
+                try:
+                    (step.loss * scale).backward()
+                except RuntimeError as error:  # of this process's own
+                    refuse_in_place("a block or the head", error)
+                    raise
         return step
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ def train_parallel(
         try:
             splits = run.recipe.splits(run.data_dir).to(device()) if leads else None
             task = first_says(splits and Task.of(run, splits, resume))
-            part = Part(run, task, splits)
+            part = Part(run, task, splits, interrupted)
             title = f"{part.title}: "
             with held(run.folder) if leads else nullcontext():
                 if resume:
@@ -83,8 +83,7 @@ def train_parallel(
                 last, began = part, part.epoch
 
                 def before_step(done: int) -> None:
-                    if interrupted():
-                        raise KeyboardInterrupt
+                    part.heed()
                     on_step(done, run.recipe.epochs * task.steps)
 
                 while part.epoch < run.recipe.epochs:
@@ -94,7 +93,7 @@ def train_parallel(
                 part.end()
         except (ConnectionError, KeyboardInterrupt) as error:
             kept = last.kept if last else f"nothing in {run.folder} has changed"
-            advice = f": start all processes again with --run-dir {run.folder} --resume" if last else ""
+            advice = f": start all processes again with --run-dir {run.folder} --resume" if last or resume else ""
             if isinstance(error, KeyboardInterrupt) or interrupted():
                 raise KeyboardInterrupt(f"{title}stopped; {kept}{advice}") from error
             advanced = last is not None and last.epoch > began
@@ -193,7 +192,7 @@ class Place:
         if world % stages:
             raise ValueError(
                 f"the network is cut into {stages} stages, and there are {world} processes: start {stages}, or a multiple, "
-                "or give another --stage"
+                "or cut it otherwise, a finished run by --start-from"
             )
         replicas = world // stages
         if run.recipe.batch_size % replicas:
@@ -246,11 +245,11 @@ def draw_anew(*place: int) -> None:
 class Part:
     """A process's part of a run under way."""
 
-    def __init__(self, run: Run, task: Task, splits: Splits | None) -> None:
+    def __init__(self, run: Run, task: Task, splits: Splits | None, interrupted: Callable[[], bool]) -> None:
         recipe = run.recipe
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        self.run, self.task = run, task
+        self.run, self.task, self._interrupted = run, task, interrupted
         for option, value in run.identity.items():
             if value != task.identity[option]:
                 raise ValueError(
@@ -306,7 +305,8 @@ class Part:
         check_folder(self.run, resume=False)  # again: another process may have come first
         self.run.folder.mkdir(parents=True, exist_ok=True)
         if self.place.replica == 0:
-            self.file_before.unlink(missing_ok=True)
+            for file in (self.file, self.file_before):  # of a beginning that came to nothing
+                file.unlink(missing_ok=True)
             self.save([self.worker.carry()])
         if self.place.leads and (vocabulary := self.run.recipe.vocabulary(self.run.data_dir)) is not None:
             write_atomically(self.run.vocabulary_file, vocabulary.json())
@@ -357,28 +357,36 @@ class Part:
         """Ends the links, and puts the stages together in the first process, which writes them into its folder."""
         self._keep_best()
         self.worker.close()
-        self._gather(self.run.checkpoint_file)
+        self._gather(self.run.checkpoint_file, self.epoch)
         if self.place.leads:
             self.worker.rule.network.save(self.run.model_folder)
-        best = self.run.best_stage_file(self.place.stage)
+        best, epoch = self.run.best_stage_file(self.place.stage), 0
         if self.task.valid and first_says(best.exists()):
             if self.place.replica == 0:
-                self.worker.module.load_state_dict(self.run.load_checkpoint(file=best)["module"])
-            self._gather(self.run.best_file)
+                stored = self.run.load_checkpoint(file=best)
+                self.worker.module.load_state_dict(stored["module"])
+                epoch = stored["epoch"]
+            self._gather(self.run.best_file, epoch)
+        wait_for_all()  # until all is written: who has ended cannot wait for the first process
 
-    def _gather(self, file: Path) -> None:
-        """Writes the weights of all stages into a file of the first process."""
+    def _gather(self, file: Path, epoch: int) -> None:
+        """Writes the weights of all stages, as they were after an epoch, into a file of the first process."""
         self.worker.gather()
         wait_for_all()
         if self.place.leads:
-            checkpoint.save(file, {"run": self.run.mark, "rule": self.worker.rule.state_dict(), "epoch": self.epoch})
+            checkpoint.save(file, {"run": self.run.mark, "rule": self.worker.rule.state_dict(), "epoch": epoch})
+
+    def heed(self) -> None:
+        """Raises KeyboardInterrupt if Ctrl-C or SIGTERM has come."""
+        if self._interrupted():
+            raise KeyboardInterrupt
 
     def _keep_best(self) -> None:
         """Keeps the stage as it is if it was never better by the validation samples."""
         lines = metrics.read(self.run.metrics_file) if self.place.leads else []
         best = first_says(bool(lines) and is_best(lines[-1], lines[:-1], self.run.recipe.measures[0]))
         if best and self.place.replica == 0:
-            state = {"run": self.run.mark, "module": self.worker.module.state_dict()}
+            state = {"run": self.run.mark, "module": self.worker.module.state_dict(), "epoch": self.epoch}
             checkpoint.save(self.run.best_stage_file(self.place.stage), state)
 
     def save(self, carries: Sequence[Any]) -> None:
@@ -432,6 +440,9 @@ class Part:
                 schedule.load_state_dict(stored)
         if self.place.leads:
             metrics.cut(self.run.metrics_file, self.epoch, state["metrics"])
+            if self.epoch < self.run.recipe.epochs:  # what was gathered before falls behind what the stages have
+                for file in (self.run.checkpoint_file, self.run.best_file):
+                    file.unlink(missing_ok=True)
         self._write_configuration()  # which may have been of fewer epochs
 
     def _learn(self, before_step: Callable[[int], None]) -> Sums:
@@ -503,6 +514,7 @@ class Part:
         if self.run.recipe.precision != "float32":
             size = max(1, size // 2)
         for start in range(self.place.replica * size, extent.samples, self.place.replicas * size):
+            self.heed()
             part = samples[start : start + size] if samples else None
             found = self.worker.predict(part and part.inputs, part and part.labels)
             if found is not None:

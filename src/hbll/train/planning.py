@@ -9,11 +9,12 @@ from hbll.distributed.cost import Costs, ReadoutKind, balanced
 from hbll.distributed.measure import measured_costs
 from hbll.network import Chain
 from hbll.recipes import Recipe
-from hbll.recipes.base import ChainRecipe
+from hbll.recipes.base import RULE_OPTIONS, ChainRecipe, flag
+from hbll.train.descent import lowered
 from hbll.train.device import device
 from hbll.train.optimizers import make_optimizers
 
-__all__ = ["balanced_stages", "check_balanced", "recipe_costs"]
+__all__ = ["balanced_stages", "check_balanced", "check_planned", "recipe_costs"]
 
 READOUTS: Mapping[str, ReadoutKind] = {
     "stream": "spine",
@@ -50,6 +51,16 @@ def balanced_stages(recipe: ChainRecipe, method: str, data_dir: Path | None, sta
     return balanced(recipe_costs(recipe, data_dir), stages, recipe.batch_size, recipe.readout or READOUTS[method])
 
 
+def check_planned(recipe: Recipe) -> None:
+    """ValueError when an option of a rule was given that a plan, which has its own cuts and readouts, does not read."""
+    usual = recipe.of_preset(getattr(recipe, "preset", "small"))
+    for option in RULE_OPTIONS:
+        if option != "refresh" and getattr(recipe, option, None) != getattr(usual, option, None):
+            raise ValueError(
+                f"{flag(option)} does nothing in a plan, which cuts and reads stages by measured time: leave it out"
+            )
+
+
 def recipe_costs(recipe: Recipe, data_dir: Path | None) -> Costs:
     """The measured costs of the parts of a recipe's network, on its first batch.
 
@@ -63,10 +74,11 @@ def recipe_costs(recipe: Recipe, data_dir: Path | None) -> Costs:
         torch.set_num_threads(recipe.threads)
     batch = recipe.splits(data_dir).to(device()).train[: recipe.batch_size]
     rule = recipe.rule("bp", network.to(device()), None)
-    return measured_costs(
-        network,
-        batch.inputs,
-        batch.labels,
-        rule.loss,
-        lambda: make_optimizers(rule, recipe.optimizer, recipe.learning_rate, recipe.weight_decay),
-    )
+    with lowered(recipe.precision, device()):
+        return measured_costs(
+            network,
+            batch.inputs,
+            batch.labels,
+            rule.loss,
+            lambda: make_optimizers(rule, recipe.optimizer, recipe.learning_rate, recipe.weight_decay),
+        )

@@ -21,12 +21,14 @@ def start_weights(run: Run) -> dict[str, Tensor] | None:
     folder = run.start_from
     if folder is None:
         return None
-    if (folder / CONFIGURATION).is_file():
-        other = open_run(folder)
+    runs = [home for home in (folder, folder.parent) if (home / CONFIGURATION).is_file()]
+    if runs:  # its own, or that of a run's model
+        other = open_run(runs[0])
         tokens = load_vocabulary(other.vocabulary_file) if other.vocabulary_file.is_file() else None
         if tokens != run.recipe.vocabulary(run.data_dir):
             raise ValueError(f"{folder} holds a network of other tokens than those of {run.recipe.name} here")
-        return load_rule(other).network.state_dict()
+        if other.folder == folder:
+            return load_rule(other).network.state_dict()
     file = folder / "weights.safetensors"
     if not file.is_file():
         raise ValueError(

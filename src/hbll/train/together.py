@@ -26,7 +26,7 @@ __all__ = ["put_together"]
 def put_together(run: Run) -> None:
     """Makes of the run on several processes that lies in the folder of a run the latter, which is of one.
 
-    It stands behind the newest epoch that all stages have seen. Whoever stops in between leaves what was there.
+    It stands behind the newest epoch that all stages have seen. Whoever stops in between can call it again.
 
     Args:
         run: the run as it is to go on, for more epochs perhaps.
