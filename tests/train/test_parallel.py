@@ -215,12 +215,13 @@ def test_the_weights_that_validate_best_are_kept(launcher, tmp_path):
     assert same(weights(run), after[9])
 
 
-def test_a_run_that_goes_on_has_no_old_weights_for_its_own(launcher, whole, tmp_path):
-    run, _ = whole
-    folder = shutil.copytree(run.folder, tmp_path / "run")
+def test_a_run_that_goes_on_has_no_old_weights_for_its_own(launcher, tmp_path):
+    folder = tmp_path / "run"
+    options = [*SMALL, "--rule", "stream", "--parallel", "stages", "--run-dir", folder]
+    assert [one.code for one in launcher.run(2, *options, "--epochs", 1)] == [0, 0]
     assert open_run(folder).checkpoint_file.exists()
     pids = launcher.start(2, "train", "digits", "--run-dir", folder, "--resume", "--epochs", 1000)
-    wait_for_lines(folder / "metrics.jsonl", 13)
+    wait_for_lines(folder / "metrics.jsonl", 2)
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     assert [one.code for one in launcher.wait(pids)] == [130, 130]
@@ -250,8 +251,8 @@ APART = (
     "paper and tree\n"
 )
 COUNTS = (
-    "hbll: the network is cut into 2 stages, and there are {} processes: start 2, or a multiple, or give another "
-    "--stage\n"
+    "hbll: the network is cut into 2 stages, and there are {} processes: start 2, or a multiple, or begin a run with "
+    "another --stage\n"
 )
 SHARES = "hbll: --batch-size 15 is of all replicas together, and 2 cannot share it evenly\n"
 TREE = "hbll: the tree is of 3 stages: start as many processes at most, not 4\n"

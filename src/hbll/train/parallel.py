@@ -192,7 +192,7 @@ class Place:
         if world % stages:
             raise ValueError(
                 f"the network is cut into {stages} stages, and there are {world} processes: start {stages}, or a multiple, "
-                "or cut it otherwise, a finished run by --start-from"
+                "or begin a run with another --stage"
             )
         replicas = world // stages
         if run.recipe.batch_size % replicas:
