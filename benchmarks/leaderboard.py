@@ -24,7 +24,8 @@ Made by `python benchmarks/leaderboard.py` from the lines of `benchmarks/full_de
 deviation over seeds, on test samples, which chose nothing: learning rates are those with the best result on held-out
 training samples (* the highest or lowest one tried). Span and work are counted, as shares of backpropagation's; MiB are the
 peak of a step beside weights, gradients and optimizer; the cosine is that of stage 1's gradient with backpropagation's,
-early and late in the training; seconds are of runs that may have shared their device, and not comparable.
+early and late in the training; seconds are of the runs on the
+device named, which others may have shared, and not comparable.
 """
 
 
@@ -65,7 +66,7 @@ def row(runs: list[dict], exact: dict | None) -> tuple[float, str]:
     cosines = [point["cosine"][0] for point in first["curve"] if point["cosine"]]
     cosine = "-" if not cosines else f"{cosines[0]:.2f}, {cosines[-1]:.2f}"
     share = ["-", "-"] if exact is None else [f"{first[what] / exact[what]:.2f}" for what in ("span", "work")]
-    seconds = statistics.mean(run["seconds"] for run in found)
+    seconds = statistics.mean(run["seconds"] for run in found if run["device"] == first["device"])
     cells = [first["rule"], first["optimizer"], f"{rate:g}{'*' if edge else ''}", shown, str(len(found)), *share]
     cells += [f"{first['peak_mib']:.0f}", cosine, f"{seconds:.0f} ({first['device']})", first["commit"] or "-"]
     return score(found, "test"), f"| {' | '.join(cells)} |"
