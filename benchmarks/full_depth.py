@@ -26,7 +26,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,17 @@ def parsed(arm: str, network: hbll.Chain) -> tuple[str, dict[str, Any], bool]:
     return name, options, "ef" in words
 
 
+def one_cycle(
+    optimizers: Iterable[torch.optim.Optimizer], rate: float, steps: int
+) -> list[torch.optim.lr_scheduler.OneCycleLR]:
+    """The schedules of a training: a twentieth of the steps up to the highest rate, and down from there."""
+    # OneCycleLR would move momentum as well, which late gradients do not stand.
+    return [
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
+        for optimizer in optimizers
+    ]
+
+
 def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One training, as a line; of one that diverges the metrics are NaN."""
     device = torch.device(options.device)
@@ -246,11 +257,7 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(job["seed"])
     rule = hbll.make_rule(name, network, task.probe()[0], **chosen).to(device)
     optimizers = make_optimizers(rule, job["optimizer"], job["rate"], WEIGHT_DECAY, error_feedback=feedback)
-    # pct_start of the steps to the highest rate; OneCycleLR would move momentum as well, which late gradients do not stand.
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, job["rate"], job["steps"], pct_start=0.05, cycle_momentum=False)
-        for o in optimizers
-    ]
+    schedules = one_cycle(optimizers, job["rate"], job["steps"])
     curve: list[dict[str, Any]] = []
     began, seconds, work, span, done = 0.0, 0.0, 0, 0, 0
     looks = {round(job["steps"] * share / options.looks) for share in range(1, options.looks + 1)}

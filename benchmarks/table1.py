@@ -31,10 +31,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from written_out import WrittenOut
 
 import hbll
+from hbll.calls import PathLike
 from hbll.data import Samples, Splits
 from hbll.data.mnist import mnist
 from hbll.models.mlp import sigmoid_layer
-from hbll.network import PathLike
 from hbll.rules.tree import Tree
 from hbll.train.schedule import scheduler
 

@@ -205,10 +205,7 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(job["seed"])
     arm = made(job["rule"], task.network(job["blocks"], job["width"]), job["rate"])
     first, steps, looks = dist.get_rank() == 0, job["steps"], job["looks"]
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, job["rate"], steps, pct_start=0.05, cycle_momentum=False)
-        for o in arm.optimizers
-    ]
+    schedules = full_depth.one_cycle(arm.optimizers, job["rate"], steps)
     batches = task.batches(job["seed"], torch.device("cpu"))
     seconds, curve, test = 0.0, [], math.nan
     ends = [round(steps * look / looks) for look in range(looks + 1)]

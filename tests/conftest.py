@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from hbll import cli
 from hbll.data import cifar, corpora, text
 
 hypothesis.settings.register_profile("hbll", deadline=None)  # machines are shared: time is no property of the code
@@ -18,6 +19,22 @@ hypothesis.settings.load_profile("hbll")
 
 # The networks of the tests are too small for several threads to pay.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command of the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        code = 0
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
 
 
 @pytest.fixture

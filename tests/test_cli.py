@@ -29,21 +29,11 @@ SPEED = "--rates are for how good networks get, and this table is of speed: leav
 
 
 @pytest.fixture
-def hbll(capsys, monkeypatch, tmp_path):
+def hbll(command, monkeypatch, tmp_path):
     """Runs a command in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        code = 0
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
+    return command
 
 
 @pytest.fixture(scope="module")

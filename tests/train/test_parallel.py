@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from tests.training import ROOT, Launcher, free_port
+from tests.training import ROOT, free_port
 from torch.nn.utils import clip_grad_norm_
 
 from hbll import cli
@@ -27,13 +27,6 @@ DIGITS = ["train", "digits", "--stage", 2, 3, "--blocks", 5, "--width", 16, "--t
 SMALL = [*DIGITS[:-1], 300]
 TUNED = ["--gradient-clip", 0.5, "--schedule", "cosine", "--epochs", 12]
 STREAM = [*DIGITS, *TUNED, "--rule", "stream", "--refresh", 3, "--parallel", "stages"]
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    found = Launcher(tmp_path_factory.mktemp("processes"))
-    yield found
-    found.end()
 
 
 @pytest.fixture(scope="module")

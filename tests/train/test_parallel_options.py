@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.training import Launcher
 from torch.optim import AdamW
 
-from hbll import cli
 from hbll.data.vocabulary import Characters
 from hbll.distributed.cost import equal
 from hbll.recipes import RECIPES
@@ -23,29 +21,11 @@ DIGITS = ["train", "digits", "--blocks", 5, "--width", 16, "--train-samples", 30
 GREEDY = [*DIGITS, "--rule", "greedy", "--stage", 2, 3, "--parallel", "stages"]
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    found = Launcher(tmp_path_factory.mktemp("processes"))
-    yield found
-    found.end()
-
-
 @pytest.fixture
-def hbll(capsys, monkeypatch, tmp_path):
-    """Runs a command in this process, where no launcher says anything: its exit code, and what it wrote on stderr."""
+def hbll(alone, monkeypatch, tmp_path):
+    """The same in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments):
-        code = 0
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err
-
-    return run
+    return alone
 
 
 def by_hand(run, wire, model=None):

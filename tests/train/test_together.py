@@ -9,14 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.training import Launcher
 from torch import nn
 
-from hbll import cli
 from hbll.files import sealed
 from hbll.train import checkpoint, metrics
-from hbll.train.loop import train
-from hbll.train.optimizers import make_optimizers
+from hbll.train.loop import optimizers_of, train
 from hbll.train.run import Run, open_run
 from hbll.train.together import put_together
 
@@ -24,28 +21,10 @@ DIGITS = ["train", "digits", "--width", 16, "--train-samples", 300]
 STAGES = ["--blocks", 5, "--stage", 2, 3, "--parallel", "stages", "--rule"]
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    found = Launcher(tmp_path_factory.mktemp("processes"))
-    yield found
-    found.end()
-
-
 @pytest.fixture
-def alone(capsys, monkeypatch):
-    """Goes on with a run in this process, where no launcher says anything: its exit code, and what it wrote on stderr."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(folder, *arguments):
-        code = 0
-        try:
-            cli.main([str(word) for word in ["train", "digits", "--run-dir", folder, "--resume", *arguments]])
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err
-
-    return run
+def go_on(alone):
+    """Goes on with a run in this process: its exit code, and what it wrote on stderr."""
+    return lambda folder, *arguments: alone("train", "digits", "--run-dir", folder, "--resume", *arguments)
 
 
 def newest(run, stages):
@@ -62,15 +41,7 @@ def rule_of(run):
 
 def moments(run, rule, stored, parameters):
     """What stored optimizers have, by the names of parameters, and their groups without them."""
-    recipe = run.recipe
-    optimizers = make_optimizers(
-        rule,
-        recipe.optimizer,
-        recipe.learning_rate,
-        recipe.weight_decay,
-        error_feedback=recipe.error_feedback,
-        parameters=parameters,
-    )
+    optimizers = optimizers_of(run.recipe, rule, parameters)
     names = {parameter: name for name, parameter in rule.named_parameters()}
     found, groups = {}, {}
     for optimizer, state in zip(optimizers, stored, strict=True):
@@ -100,7 +71,7 @@ TUNED = ["--gradient-clip", 0.5, "--schedule", "cosine", "--epochs", 20]
 @pytest.mark.parametrize(
     "options", [["stream", "--refresh", 3, "--optimizer", "muon", "--error-feedback"], ["predsim"]]
 )
-def test_one_process_goes_on_with_what_the_stages_had(launcher, alone, tmp_path, options):
+def test_one_process_goes_on_with_what_the_stages_had(launcher, go_on, tmp_path, options):
     folder = tmp_path / "run"
     start_and_stop(launcher, folder, *DIGITS, *STAGES, *options, *TUNED)
     stored = open_run(folder)
@@ -134,7 +105,7 @@ def test_one_process_goes_on_with_what_the_stages_had(launcher, alone, tmp_path,
     clock = {"clock": states[0]["carries"][0]["clock"]}
     assert now["carry"] == ({"stages": [2, 3], "kept": clock} if options[0] == "stream" else {})
     assert not list(folder.glob("stage-*"))
-    code, said = alone(folder)
+    code, said = go_on(folder)
     assert code == 0, said
     after = metrics.read(run.metrics_file)
     assert [line.epoch for line in after] == list(range(1, 21))
@@ -149,11 +120,11 @@ def test_one_process_goes_on_with_what_the_stages_had(launcher, alone, tmp_path,
         ["--depth", 2, "--rule", "tree", "--parallel", "stages"],  # three stages in two processes
     ],
 )
-def test_what_one_process_does_is_what_it_would_have_done_all_along(launcher, alone, tmp_path, options):
+def test_what_one_process_does_is_what_it_would_have_done_all_along(launcher, go_on, tmp_path, options):
     folder = tmp_path / "run"
     ended = launcher.run(2, *DIGITS, *options, "--epochs", 1, "--run-dir", folder)
     assert [one.code for one in ended] == [0, 0], ended
-    assert alone(folder, "--epochs", 2, "--parallel", "none") == (0, "epoch 2/2" + said_after(folder, 2))
+    assert go_on(folder, "--epochs", 2, "--parallel", "none") == (0, "epoch 2/2" + said_after(folder, 2))
     run = open_run(folder)
     other = Run(recipe=run.recipe, method=run.method, seed=0, folder=tmp_path / "other")
     train(other)
@@ -238,20 +209,20 @@ def part(folder):
         (lambda folder: None, ["--wait-for-stages", 5], "--wait-for-stages is of several processes"),
     ],
 )
-def test_what_cannot_be_put_together_is_told_and_nothing_changes(three, alone, tmp_path, spoil, options, sentence):
+def test_what_cannot_be_put_together_is_told_and_nothing_changes(three, go_on, tmp_path, spoil, options, sentence):
     folder = shutil.copytree(three, tmp_path / "run")
     spoil(folder)
     before = {file.name: file.read_bytes() for file in folder.glob("*.*s*")}
-    code, said = alone(folder, "--epochs", 4, *options)
+    code, said = go_on(folder, "--epochs", 4, *options)
     assert code == 2
     assert sentence in said
     assert said.count("\n") == 1
     assert {file.name: file.read_bytes() for file in folder.glob("*.*s*")} == before
 
 
-def test_there_is_no_way_back(three, launcher, alone, tmp_path):
+def test_there_is_no_way_back(three, launcher, go_on, tmp_path):
     folder = shutil.copytree(three, tmp_path / "run")
-    assert alone(folder)[0] == 0
+    assert go_on(folder)[0] == 0
     options = ["train", "digits", "--run-dir", folder, "--resume", "--epochs", 4]
     ended = launcher.run(3, *options, "--parallel", "stages")
     said = "was trained with --parallel none, not stages: a run is resumed as it was begun"

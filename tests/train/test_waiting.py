@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.training import Launcher, free_port
+from tests.training import free_port
 
 from hbll.train import checkpoint, metrics
 from hbll.train import waiting as anew
@@ -20,13 +20,6 @@ RUN += ["--schedule", "cosine", "--rule", "stream", "--refresh", 3, "--parallel"
 
 LONG = ["--epochs", 5000]
 """Of runs that do not come to their end."""
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    found = Launcher(tmp_path_factory.mktemp("processes"))
-    yield found
-    found.end()
 
 
 def wait_for(reached):

@@ -121,7 +121,7 @@ def make_plan(
         devices: how many there are, all alike.
         network: what connects them.
         memory: bytes of a device; None: any.
-        refresh: steps after which copies in readouts meet their originals; None for never.
+        refresh: as of ``whole``.
     """
     choices, refused = [], {}
     for name, build in (whole(refresh) | SPLIT).items():
