@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from hbll import cli
 from hbll.data import cifar, corpora, text
 
 hypothesis.settings.register_profile("hbll", deadline=None)  # machines are shared: time is no property of the code
@@ -24,6 +23,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def command(capsys):
     """Runs a command of the command line in this process: (exit code, stdout, stderr)."""
+    from hbll import cli  # here: the core is also tested where the libraries of the command line are not installed
 
     def run(*arguments):
         code = 0
