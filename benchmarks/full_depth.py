@@ -226,7 +226,7 @@ def parsed(arm: str, network: hbll.Chain) -> tuple[str, dict[str, Any], bool]:
         elif equals:
             try:
                 options[option] = ast.literal_eval(value)
-            except ValueError:  # a word
+            except (ValueError, SyntaxError):  # a word
                 options[option] = value
         elif word in WORDS:
             options = WORDS[word] | options

@@ -260,6 +260,24 @@ def test_solo_needs_a_linear_layer():
         make_rule("solo", Chain(net.embed, net.blocks, nn.Softmax(-1)))
 
 
+@pytest.mark.parametrize("head", [nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), nn.LazyLinear(3)])
+def test_solo_needs_a_weight_that_can_be_read(head):
+    net = Chain(nn.Linear(4, 5), [nn.Linear(5, 5) for _ in range(4)], head)
+    with pytest.raises(ValueError, match="the head's last linear layer is lazy or parametrized: take 'spine' or 'head'"):
+        make_rule("solo", net, stage=2)
+
+
+def test_what_has_no_weights_is_not_refreshed():
+    net = Chain(nn.Linear(4, 3), [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU()], nn.Identity())
+    rule = make_rule("stream", net, stage=2, readout_depth=2, copies=True, refresh=1, meet="original", states="chain")
+    copy_ = rule.own_readouts[0].blocks[0]
+    with torch.no_grad():
+        copy_.weight.zero_()
+    for _ in range(2):
+        rule(torch.randn(6, 4), torch.arange(6) % 3)
+    assert torch.equal(copy_.weight, net.blocks[2].weight)
+
+
 def test_a_block_that_was_changed_no_longer_meets_its_copy():
     net, x, y = mlp(8)
     rule = make_rule("stream", net, stage=SIZES, states="chain", copies=True, refresh=1)

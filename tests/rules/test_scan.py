@@ -457,6 +457,13 @@ class TestRemedies:
         assert step.work == without.work + 3  # the sweep
         assert_equal_gradients(gradients(net, step.loss), exact(net, x, y))
 
+    @pytest.mark.parametrize("guess", ["tree", "star", "mean", "ahead"])
+    def test_the_sweep_starts_from_the_guess_that_is_there(self, guess):
+        net, x, y = residual(4)
+        step = make_rule("scan", net, guess=guess, consistency=0.3)(x, y)
+        without = make_rule("scan", net, guess=guess)(x, y)
+        assert step.work == without.work + 3 + 3  # the sweep and the products for weights: no predictor once more
+
     def test_a_chain_whose_stages_add_constants_is_consistent(self):
         class Adds(nn.Linear):
             def forward(self, state):

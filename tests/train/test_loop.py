@@ -8,7 +8,7 @@ import torch
 from hbll.recipes import RECIPES
 from hbll.rule import Rule
 from hbll.rules import RULES, make_rule
-from hbll.train import checkpoint, metrics
+from hbll.train import checkpoint, loop, metrics
 from hbll.train.divergence import DivergedError
 from hbll.train.evaluate import evaluate_run
 from hbll.train.hold import held
@@ -107,6 +107,19 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, s
     torch.manual_seed(99)  # another process would have other random numbers
     train(stopped, resume=True)
     assert outcome(stopped) == outcome(whole)
+
+
+@pytest.mark.parametrize(("method", "step"), [("stream", 6), ("scan", 9)])
+def test_a_long_epoch_is_saved_on_the_way(tmp_path, monkeypatch, method, step):
+    whole, killed = run_in(tmp_path / "whole", method=method), run_in(tmp_path / "killed", method=method)
+    train(whole)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0)
+    with pytest.raises(SystemError):
+        train(killed, on_step=stop_at(step, be_killed))
+    state = checkpoint.load(killed.checkpoint_file)
+    assert 4 * state["epoch"] + state["position"] == step - 1  # all but the step that was under way
+    train(killed, resume=True)
+    assert outcome(killed) == outcome(whole)
 
 
 def test_batches_that_accumulate_are_a_step_on_all_of_them(tmp_path):

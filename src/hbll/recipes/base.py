@@ -250,6 +250,9 @@ class ChainRecipe(Recipe):
     refresh: int | None = None
     """Of stream with copies, and solo: steps after which copies and originals meet (never; solo: reads the head, 1)."""
 
+    meet: Literal["mean", "original"] | None = None
+    """Of stream with copies that are refreshed: whether all become their mean, or copies the original (mean)."""
+
     noise: float | None = None
     """Of the methods paper and tree: standard deviation of the noise on every target (the methods' own: 0)."""
 
@@ -312,6 +315,7 @@ RULE_OPTIONS = (
     "readout_depth",
     "copies",
     "refresh",
+    "meet",
     "noise",
     "rim",
 )

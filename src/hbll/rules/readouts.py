@@ -98,13 +98,18 @@ class LateHead(nn.Module):
         head: the network's.
 
     Raises:
-        ValueError: the head has no linear layer.
+        ValueError: the head has no linear layer, or its last one is lazy or parametrized.
     """
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = copy.deepcopy(head)
         linear = self.linear
+        if type(linear.weight) is not nn.Parameter:
+            raise ValueError(
+                "readout='solo' reads a weight that is there and computed from no other; the head's last linear layer is "
+                "lazy or parametrized: take 'spine' or 'head'"
+            )
         self.temperature = nn.Parameter(torch.ones_like(linear.weight[0, 0]))
         for name, parameter in list(linear.named_parameters(recurse=False)):
             delattr(linear, name)
@@ -168,7 +173,8 @@ class Meeting:
 
     @classmethod
     def all(cls, network: Chain, stages: Sequence[Stage], readouts: Sequence[StageReadout]) -> Iterator["Meeting"]:
-        """Those of all modules that are copied: blocks in order, then the head, or of late heads the last layer."""
+        """Those of all modules that are copied and have numbers to agree on: blocks in order, then the head, or of late
+        heads the last layer."""
         for owner, stage in enumerate(stages, 1):
             for number in stage.numbers:
                 copies = {
@@ -176,11 +182,12 @@ class Meeting:
                     for s, readout in enumerate(readouts, 1)
                     if number in readout.numbers
                 }
-                if copies:
+                if copies and _numbers(network.blocks[number - 1]):
                     yield cls(network.blocks[number - 1], owner, copies)
         heads = {s: readout.head for s, readout in enumerate(readouts, 1)}
         late = {s: head.linear for s, head in heads.items() if isinstance(head, LateHead)}
-        yield cls(last_linear(network.head) if late else network.head, len(stages), late or heads)
+        if _numbers(network.head):
+            yield cls(last_linear(network.head) if late else network.head, len(stages), late or heads)
 
 
 def meet(original: nn.Module, copies: Sequence[nn.Module], how: Meet) -> None:

@@ -83,7 +83,8 @@ class ScanStates(States):
         step.defect = defect(corrected[: len(states)], states)
         beside = tuple(self.guess.learn(cut, guessed, corrected, step))
         if self.consistency and (self.training or step.look):
-            beside += (self._consistent(cut, due, corrected, fronts[0].depth, step),)
+            start = self.guess.cold(cut, due, step) if self.guess.waits else guessed.states
+            beside += (self._consistent(cut, due, start, corrected, fronts[0].depth, step),)
         for front in fronts:
             yield replace(front, states=corrected[[n - 1 for n in front.stages]], beside=beside)
             beside = ()
@@ -110,10 +111,12 @@ class ScanStates(States):
                 break
         return states, clock
 
-    def _consistent(self, cut: Cut, batch: Batch, states: Tensor, clock: int, step: Step) -> StageLoss:
+    def _consistent(
+        self, cut: Cut, batch: Batch, start: Tensor, states: Tensor, clock: int, step: Step
+    ) -> StageLoss:
         """The loss by which stages learn to be near their states, (S, B, ...), after one sweep from a cold start: the mean
         over stages of ||one sweep's state - state|| / ||state||, times its weight."""
-        inputs = _inputs(batch, self.guess.cold(cut, batch, step), cut)
+        inputs = _inputs(batch, start, cut)
         outputs = cut.outputs(cut.nodes, inputs.unbind(0), [batch] * cut.last)
         step.count(cut.size(cut.nodes), cut.depth(cut.nodes))
         swept = correct(inputs, torch.stack(outputs), self.coarse)

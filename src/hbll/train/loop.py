@@ -32,6 +32,10 @@ DIAGNOSED_SAMPLES = 256
 """Training samples, the first ones, on which stages are diagnosed at the end of an epoch; no more than a batch has."""
 
 
+SAVE_EVERY = 600.0
+"""Seconds of training after which a run is saved in the middle of an epoch: no more is lost to what comes without warning."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, after which the run has been saved where it stood and can be resumed."""
 
@@ -43,7 +47,8 @@ def train(
     on_step: Callable[[int, int], None] = lambda done, steps: None,
     on_epoch: Callable[[Metrics], None] = lambda metrics: None,
 ) -> None:
-    """Trains until the recipe's last epoch, saving after each; a resumed run ends as if it had never stopped.
+    """Trains until the recipe's last epoch, saving after each, and in long ones every ten minutes; a resumed run ends as if
+    it had never stopped.
 
     Args:
         run: what to train, and the folder to keep it in.
@@ -71,11 +76,16 @@ def train(
                 write_atomically(run.vocabulary_file, vocabulary.json())
             training.save()
         run.write_configuration(device(), training.engine)
+        saved = time.monotonic()
 
         def before_step(done: int) -> None:
+            nonlocal saved
             on_step(done, run.recipe.epochs * training.steps_per_epoch)
-            if interrupted():
+            stopping = interrupted()
+            if stopping or time.monotonic() - saved > SAVE_EVERY:
                 training.save()
+                saved = time.monotonic()
+            if stopping:
                 raise Interrupted
 
         while training.epoch < run.recipe.epochs:
