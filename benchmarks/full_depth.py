@@ -306,8 +306,7 @@ class Study:
 
     def line(self, rate: float, seed: int) -> dict[str, Any]:
         job = self.base | {"rate": rate, "seed": seed}
-        known = next((line for line in self.lines if all(line.get(key) == value for key, value in job.items())), None)
-        if known is not None:
+        if (known := ledger.find(self.lines, job)) is not None:
             return known
         line = self.pool.submit(run, job, self.options).result()
         with self.lock:
@@ -373,7 +372,7 @@ def main() -> None:
             hbll.make_rule(name, network, **chosen)
     except ValueError as error:
         parser.error(str(error))
-    gate(arm.split()[0] for arm in options.arms)
+    gate([*(arm.split()[0] for arm in options.arms), "train/test_optimizers.py", "train/test_error_feedback.py"])
 
     images = isinstance(task, Images)
     setting = {"task": options.task, "width": options.width or task.width, "augment": options.augment}

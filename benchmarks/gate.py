@@ -15,16 +15,21 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 
 def oracle_tests(name: str) -> list[str]:
-    """The tests of a rule: its classes of the contract that every rule keeps, and the file of its module; or those at a
-    place in the folder of tests."""
+    """The tests of a rule: its classes of the contract that every rule keeps, the file of its module, and those of the
+    modules beside that it is made of; or those at a place in the folder of tests."""
     if (TESTS / name).exists():
         return [str(TESTS / name)]
     from hbll.rules import RULES  # and torch, whose threads other benchmarks do without
 
     contract = TESTS / "rules" / "test_contract.py"
     classes = re.findall(r'^class (Test\w+)\(.*\):\n    name.* = "(\w+)"', contract.read_text(), re.MULTILINE)
-    own = TESTS / "rules" / f"test_{Path(inspect.getfile(RULES[name])).stem}.py"
-    return [*(f"{contract}::{title}" for title, rule in classes if rule == name), *([str(own)] if own.exists() else [])]
+    module = Path(inspect.getfile(RULES[name]))
+    parts = re.findall(r"^from hbll\.rules\.(\w+) import", module.read_text(), re.MULTILINE)
+    files = [TESTS / "rules" / f"test_{part}.py" for part in (module.stem, *parts)]
+    return [
+        *(f"{contract}::{title}" for title, rule in classes if rule == name),
+        *(str(file) for file in files if file.exists()),
+    ]
 
 
 def gate(names: Iterable[str]) -> None:

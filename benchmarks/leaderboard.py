@@ -24,14 +24,22 @@ Made by `python benchmarks/leaderboard.py` from the lines of `benchmarks/full_de
 deviation over seeds, on test samples, which chose nothing: learning rates are those with the best result on held-out
 training samples (* the highest or lowest one tried). Span and work are counted, as shares of backpropagation's; MiB are the
 peak of a step beside weights, gradients and optimizer; the cosine is that of stage 1's gradient with backpropagation's,
-early and late in the training; seconds are of the runs on the
-device named, which others may have shared, and not comparable.
+early and late in the training. These are of the row's first run; seconds are of its runs on the device named, which others
+may have shared, and not comparable.
 """
 
 
 def accuracy(line: dict) -> bool:
     """Whether more is better."""
     return line["metric"] == "accuracy"
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats, infinite where there is no float for it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def groups(lines: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
@@ -62,13 +70,14 @@ def row(runs: list[dict], exact: dict | None) -> tuple[float, str]:
     rate, edge = rates.best_rate(scores(runs))
     found = [run for run in runs if run["rate"] == rate]
     first = found[0]
-    shown = ledger.mean_and_spread([100 * run["test"] if accuracy(run) else math.exp(run["test"]) for run in found])
+    shown = ledger.mean_and_spread([100 * run["test"] if accuracy(run) else perplexity(run["test"]) for run in found])
     cosines = [point["cosine"][0] for point in first["curve"] if point["cosine"]]
     cosine = "-" if not cosines else f"{cosines[0]:.2f}, {cosines[-1]:.2f}"
     share = ["-", "-"] if exact is None else [f"{first[what] / exact[what]:.2f}" for what in ("span", "work")]
     seconds = statistics.mean(run["seconds"] for run in found if run["device"] == first["device"])
     cells = [first["rule"], first["optimizer"], f"{rate:g}{'*' if edge else ''}", shown, str(len(found)), *share]
-    cells += [f"{first['peak_mib']:.0f}", cosine, f"{seconds:.0f} ({first['device']})", first["commit"] or "-"]
+    commits = ", ".join(dict.fromkeys(run["commit"] or "-" for run in found))
+    cells += [f"{first['peak_mib']:.0f}", cosine, f"{seconds:.0f} ({first['device']})", commits]
     return score(found, "test"), f"| {' | '.join(cells)} |"
 
 

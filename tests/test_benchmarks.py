@@ -34,10 +34,12 @@ class TestGate:
         from gate import oracle_tests
 
         for rule in RULES:
-            *classes, own = oracle_tests(rule)
+            tests = oracle_tests(rule)
+            classes, files = [t for t in tests if "::" in t], [t for t in tests if "::" not in t]
             assert classes
             assert all(test.partition("::")[0].endswith("test_contract.py") for test in classes)
-            assert Path(own).exists()
+            assert files
+        assert [Path(file).name for file in oracle_tests("solo")[1:]] == ["test_stream.py", "test_readouts.py"]
         assert [test.rpartition("::")[2] for test in oracle_tests("scan")[:2]] == ["TestScan", "TestScanFromATree"]
         assert oracle_tests("recurrent") == [str(Path(__file__).parent / "recurrent")]
 
@@ -140,6 +142,48 @@ class TestLeaderboard:
         assert scores(lines) == {0.1: 0.7, 0.2: 0.8}
         lines.append(line(0.2, 0, 0.1, 0.9, metric="accuracy", rule="stream"))
         assert [row.split(" | ")[3] for row in tables(lines).splitlines()[4:]] == ["90.00", "20.00"]
+
+    def test_what_diverged_is_said(self):
+        from leaderboard import tables
+
+        lines = [line(0.1, 0, 1.0, 1.5), line(0.1, 1, 1.0, 800.0)]  # exp(800) is no float
+        assert tables(lines).splitlines()[-1].split(" | ")[3] == "diverged"
+
+
+def test_a_run_of_another_schedule_or_length_is_no_run_of_table_1(tmp_path, monkeypatch, capsys):
+    import table1
+
+    def line(**job):
+        fixed = {"seed": 0, "layers": 2, "width": 5, "method": "bp", "schedule": "constant", "epochs": 3, "epoch": 3}
+        return fixed | {"chain": 0.9} | job
+
+    class Pool:
+        """In place of processes."""
+
+        def __init__(self, workers, maxtasksperchild):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def starmap(self, function, jobs, chunksize):
+            trained.extend(job for job, _ in jobs)
+
+    trained = []
+    monkeypatch.setattr(table1, "gate", list)
+    monkeypatch.setattr(table1.multiprocessing.get_context("spawn"), "Pool", Pool)
+    for known in (line(), line(epochs=9), line(schedule="cosine", epochs=9), line(seed=1, schedule="cosine")):
+        table1.ledger.append(tmp_path / "table1.jsonl", known)
+    words = f"table1.py --layers 2 --widths 5 --methods bp --epochs 3 --seeds 0 1 --out {tmp_path} --schedule"
+    for schedule, missing in (("constant", [1]), ("cosine", [0])):
+        trained.clear()
+        monkeypatch.setattr("sys.argv", [*words.split(), schedule])
+        table1.main()
+        assert [job["seed"] for job in trained] == missing
+        assert "| 2 | 5 | 90.00 |  |" in capsys.readouterr().out
 
 
 def test_byte_pairs_are_those_of_the_training_file(small_data):

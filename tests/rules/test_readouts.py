@@ -263,7 +263,9 @@ def test_solo_needs_a_linear_layer():
 @pytest.mark.parametrize("head", [nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), nn.LazyLinear(3)])
 def test_solo_needs_a_weight_that_can_be_read(head):
     net = Chain(nn.Linear(4, 5), [nn.Linear(5, 5) for _ in range(4)], head)
-    with pytest.raises(ValueError, match="the head's last linear layer is lazy or parametrized: take 'spine' or 'head'"):
+    with pytest.raises(
+        ValueError, match="the head's last linear layer is lazy or parametrized: take 'spine' or 'head'"
+    ):
         make_rule("solo", net, stage=2)
 
 

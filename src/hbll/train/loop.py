@@ -33,7 +33,7 @@ DIAGNOSED_SAMPLES = 256
 
 
 SAVE_EVERY = 600.0
-"""Seconds of training after which a run is saved in the middle of an epoch: no more is lost to what comes without warning."""
+"""Seconds after which a run is saved in the middle of an epoch, too: no more is lost to what comes without warning."""
 
 
 class Interrupted(KeyboardInterrupt):
