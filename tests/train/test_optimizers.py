@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.networks import convolutional, residual, transformer
+from torch import nn
 from torch.optim import AdamW, Muon, NAdam
 
 import hbll
@@ -35,7 +36,7 @@ def test_adamw_moves_everything():
 )
 def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest(rule, beside):
     muon, adamw = make_optimizers(rule, "muon", 1e-2, 0.1)
-    assert (type(muon), type(adamw)) == (Muon, AdamW)
+    assert (isinstance(muon, Muon), type(adamw)) == (True, AdamW)
     inside = {
         name
         for name, p in rule.named_parameters()
@@ -54,6 +55,48 @@ def test_a_pointwise_convolution_of_the_conv_net_is_a_matrix():
     muon, _ = make_optimizers(rule, "muon", 1e-2, 0.1)
     expected = {f"network.blocks.{n}.{part}.weight" for n in range(2) for part in ("expand", "project")}
     assert names_of(rule, muon) == expected
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_1_x_1_convolution_learns_as_the_linear_layer_that_it_is(feedback):
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    convolution = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh())
+    with torch.no_grad():
+        convolution[0].weight.copy_(linear[0].weight.view(6, 6, 1, 1))
+        convolution[0].bias.copy_(linear[0].bias)
+    x, y = torch.randn(2, 6, 6, 6), torch.arange(2)
+    found = []
+    for block, inputs, channels in ((linear, x, -1), (convolution, x.permute(0, 3, 1, 2), 1)):
+        net = hbll.Chain(nn.Identity(), [block], Mean(channels))
+        rule = hbll.make_rule("bp", net)
+        optimizers = make_optimizers(rule, "muon", 1e-2, 0.1, error_feedback=feedback)
+        for state in (None, [optimizer.state_dict() for optimizer in optimizers]):
+            if state:
+                for optimizer, moments in zip(optimizers, state, strict=True):
+                    optimizer.load_state_dict(moments)
+            fit(rule, [(inputs, y)] * 3, optimizers)
+        found.append(block[0].weight)
+    assert found[1].shape == found[1].grad.shape == (6, 6, 1, 1)
+    torch.testing.assert_close(found[1].flatten(1), found[0])
+
+
+class Mean(nn.Module):
+    """A head: channels, averaged over the places of an image."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, state):
+        return state.movedim(self.channels, -1).flatten(1, 2).mean(1)
+
+
+def test_kernels_that_reach_further_are_no_matrices():
+    block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 4, 1))
+    rule = hbll.make_rule("bp", hbll.Chain(nn.Identity(), [block], nn.Flatten()))
+    muon, _ = make_optimizers(rule, "muon", 1e-2, 0.1)
+    assert names_of(rule, muon) == {"network.blocks.0.2.weight"}
 
 
 def test_updates_of_muon_are_as_large_as_those_of_adamw():

@@ -1,4 +1,4 @@
-"""The asynchronous pipeline, the rival of ``stream`` at equal throughput: exact gradients, but late.
+"""The asynchronous pipeline without older weights, the weakest of its kind: exact gradients, but late.
 
 Stages work on successive mini-batches as in ``stream``, but the gradient of a mini-batch travels back one stage a step, so
 that stage n of S learns from it 2 (S - n) steps after it passed (PipeDream, Harlap et al., arXiv 1806.03377). Every
