@@ -58,6 +58,15 @@ def test_rules_beside_the_papers():
                 assert all(one.paper is None for one in row.figures)
 
 
+def test_the_papers_rule_has_the_papers_optimizer():
+    for name, usual in (("table2", "muon"), ("table3", "muon"), ("table5", "muon"), ("table1", "adamw")):
+        for one in TABLES[name].trainings:
+            assert one.at("small").optimizer == ("adamw" if one.method in ("paper", "tree") else usual)
+            assert one.at("paper").optimizer == "adamw"
+        rate = 0.5
+        assert {one.at("small", learning_rate=rate).learning_rate for one in TABLES[name].trainings} == {rate}
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_short_paths_are_the_rules_own_and_of_backpropagation_networks_of_their_own(name):
     by_rule = {row.rule: row.figures for row in TABLES[name].rows}

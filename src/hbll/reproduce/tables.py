@@ -38,7 +38,9 @@ class Training:
         """The recipe with all its options; those given here go before what the scale says."""
         kind = RECIPES[self.recipe]
         preset = scale if kind.presets else "small"
-        return kind.of_preset(preset, **{**SCALES[scale].get(self.recipe, {}), **dict(self.options), **options})
+        own = BY_ADAMW if self.method in ("paper", "tree") and kind.of_preset(preset).optimizer == "muon" else {}
+        chosen = {**SCALES[scale].get(self.recipe, {}), **own, **dict(self.options), **options}
+        return kind.of_preset(preset, **chosen)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ SCALES: Mapping[Scale, Mapping[str, Options]] = {
     "paper": {"sequential-mnist": {"epochs": 200, "width": 2048, "precision": "bfloat16"}},
 }
 """What recipes without presets are trained with; otherwise their own defaults."""
+
+BY_ADAMW: Options = {"optimizer": "adamw", "learning_rate": 1e-3}
+"""The paper's optimizer, where the others have Muon, for its rule, which hardly learns by that, and for `tree`."""
 
 BLOCKS = (7, 3, 2, 1)
 
