@@ -387,11 +387,17 @@ def test_what_cannot_be_generated_is_told(hbll, speaking, arguments, sentence):
     assert err.count("\n") == 1
 
 
-def test_a_vocabulary_of_another_network_is_told(hbll, speaking):
-    file = Path("run/vocabulary.json")
-    file.write_text(json.dumps({"kind": "characters", "content": "abc"}))
-    sentence = f"{file} has 3 tokens, and the network in run 65: it is another's"
-    assert hbll("generate", "run", "--prompt", "abc") == (2, "", f"hbll: {sentence}\n")
+def test_a_vocabulary_that_is_not_the_runs_is_told(hbll, speaking):
+    file, sentence = Path("run/vocabulary.json"), "put the run's own back, whose tokens its network was trained on"
+    stored = json.loads(file.read_text())
+    alphabet = stored["content"]
+    file.write_text(json.dumps(stored | {"content": alphabet[:-1] + chr(ord(alphabet[-1]) + 1)}))  # as many tokens
+    for command in (["generate", "run", "--prompt", "abc"], ["evaluate", "run"]):
+        assert hbll(*command) == (2, "", f"hbll: {file} is damaged, or another run's: {sentence}\n")
+    resumed = ["train", "shakespeare-gpt", "--run-dir", "run", "--resume"]
+    assert hbll(*resumed)[::2] == (2, f"hbll: {file} is damaged, or another run's: {sentence}\n")
+    file.unlink()
+    assert hbll("generate", "run", "--prompt", "abc") == (2, "", f"hbll: {file} is missing: {sentence}\n")
 
 
 def test_a_network_that_is_no_language_model_generates_none(hbll, trained):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["read_tensors", "sealed", "unsealed", "write_atomically", "write_tensors"]
+__all__ = ["file_sum", "read_tensors", "sealed", "unsealed", "write_atomically", "write_tensors"]
 
 _SUM = "sha256"
 
@@ -35,6 +35,12 @@ def write_atomically(file: Path, content: bytes | str) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def file_sum(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from hbll.data.location import data_folder
 from hbll.data.splits import Samples, Splits
 from hbll.data.vocabulary import BytePairs, Characters, TokenKind, Vocabulary, Words, load_vocabulary
+from hbll.files import file_sum
 from hbll.losses import IGNORED
 
 __all__ = ["CORPORA", "Corpus", "Encoded", "encoded"]
@@ -79,7 +80,7 @@ class Corpus:
     def check(self, data_dir: Path | None = None) -> None:
         """ValueError, naming the file, unless all parts are there and whole."""
         for part, file in self.paths(data_dir).items():
-            if self.sums and (found := _sum(file)) != self.sums[part]:
+            if self.sums and (found := file_sum(file)) != self.sums[part]:
                 raise ValueError(
                     f"the data file {file} is damaged: its sha256 is {found} and should be {self.sums[part]}"
                 )
@@ -200,7 +201,7 @@ def encoded(corpus: Corpus, kind: TokenKind, size: int | None = None, data_dir: 
         ValueError: the text is missing or damaged, or a kept file is; the message names it.
     """
     files = corpus.paths(data_dir)
-    digest = hashlib.sha256("".join(map(_sum, files.values())).encode()).hexdigest()[:8]
+    digest = hashlib.sha256("".join(map(file_sum, files.values())).encode()).hexdigest()[:8]
     name = "-".join([kind, *([str(size)] if kind == "bytepairs" else []), digest])
     folder = data_folder(data_dir) / corpus.name / name
     if not folder.is_dir():
@@ -250,11 +251,6 @@ def _texts(file: Path) -> Iterator[str]:
     with file.open(encoding="utf-8", newline="\n") as lines:
         while part := "".join(itertools.islice(lines, LINES)):
             yield part
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _count(file: Path, line_ends: bool) -> int:

@@ -7,7 +7,7 @@ best.safetensors         the weights that were best by the validation samples, w
 stage-1.safetensors ..   of a run on several processes, where each stage stands, and stage-1-before.safetensors .. an epoch
                          before; then the other checkpoint has the weights of all stages, which are gathered at the end
 model                    of such a run, the network as its `save` writes it, at the end
-vocabulary.json          the tokens of a language model
+vocabulary.json          the tokens of a language model, whose checksum is in the configuration
 report.html              written by `hbll report`
 
 All but the report carry checksums. Who trains holds the folder (see `hold`).
@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from hbll.files import sealed, unsealed, write_atomically
+from hbll.files import file_sum, sealed, unsealed, write_atomically
 from hbll.recipes import RECIPES, Recipe, flag
 from hbll.train import checkpoint
 
@@ -162,6 +162,7 @@ class Run:
             "wire": self.wire,
             "start_from": self._start,
             "block_count": self.recipe.block_count,
+            "vocabulary_sha256": file_sum(self.vocabulary_file) if self.vocabulary_file.is_file() else None,
             "device": str(device),
             "engine": engine,
             "versions": {"python": platform.python_version()} | _versions(),
@@ -179,10 +180,10 @@ def _versions() -> dict[str, str]:
 
 
 def open_run(folder: Path) -> Run:
-    """The run that lives in `folder`; ValueError when none does, or one of another version."""
+    """The run that lives in `folder`; ValueError when none does, or one of another version, or with other tokens."""
     stored = read_json(folder, CONFIGURATION, "run")
     with known_here(folder):
-        return Run(
+        run = Run(
             recipe=stored_recipe(stored),
             method=stored["method"],
             seed=stored["seed"],
@@ -192,6 +193,11 @@ def open_run(folder: Path) -> Run:
             wire=stored.get("wire", "float32"),
             start_from=Path(stored["start_from"]) if stored.get("start_from") else None,
         )
+    file, known = run.vocabulary_file, stored.get("vocabulary_sha256")
+    if known is not None and not (file.is_file() and file_sum(file) == known):
+        wrong = "damaged, or another run's" if file.is_file() else "missing"
+        raise ValueError(f"{file} is {wrong}: put the run's own back, whose tokens its network was trained on")
+    return run
 
 
 def check_free(folder: Path) -> None:
