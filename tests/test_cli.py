@@ -225,7 +225,7 @@ def test_train_shows_the_accuracy_of_every_path_and_where_the_run_lies(hbll):
     (folder,) = Path("runs").iterdir()
     assert re.fullmatch(r"digits-paper-s0-\d{8}-\d{6}", folder.name)
     assert out.splitlines()[-1] == f"run: {folder}"
-    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["1-2-3", "2", "2-3"]
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["1-2-3", "block-2", "2-3"]
     assert "epoch 2/2" in err
 
 
@@ -269,7 +269,7 @@ def test_evaluate_prints_one_json_object_and_nothing_else(hbll, trained):
     code, out, err = hbll("evaluate", trained, "--json")
     paths = json.loads(out)["paths"]
     assert (code, err) == (0, "")
-    assert [(path["path"], path["blocks"]) for path in paths] == [("1-2-3", 3), ("2", 1), ("2-3", 2)]
+    assert [(path["path"], path["blocks"]) for path in paths] == [("1-2-3", 3), ("block-2", 1), ("2-3", 2)]
     assert all(0 <= path["accuracy"] <= 1 for path in paths)
 
 
@@ -278,7 +278,8 @@ def test_evaluate_prints_one_json_object_and_nothing_else(hbll, trained):
     [
         (["--path", "2-3"], ["2-3"]),
         (["--path", "2-3", "chain"], ["2-3", "1-2-3"]),
-        (["--path", "2-3", "--path", "2"], ["2-3", "2"]),
+        (["--path", "2-3", "--path", "block-2"], ["2-3", "block-2"]),
+        (["--path", "1", "2", "3"], ["block-2", "2-3", "1-2-3"]),
         (["--path", "rim"], ["2-3"]),
     ],
 )
@@ -310,7 +311,7 @@ def test_evaluate_shows_every_readout_with_its_cost_and_a_plot(hbll, trained):
     assert code == 0
     assert lines[0].split() == ["path", "blocks", "parameters", "ms", "a", "sample", "accuracy"]
     assert re.fullmatch(r"1-2-3 +3 +2,026 +\S+ +\d\d\.\d\d %", lines[1].strip())  # 1,040 + 3 x 272 + 170
-    assert [line.split()[0] for line in lines[1:4]] == ["1-2-3", "2", "2-3"]
+    assert [line.split()[0] for line in lines[1:4]] == ["1-2-3", "block-2", "2-3"]
     assert lines[4:] == [f"plot: {trained / 'paths.svg'}"]
     assert (trained / "paths.svg").read_text().startswith("<svg")
     paths = json.loads(hbll("evaluate", trained, "--paths", "all", "--json")[1])["paths"]
@@ -360,8 +361,9 @@ def test_generate_prints_the_text_alone(hbll, speaking):
         assert re.fullmatch(r"[\d.]+ tokens/s, [\d.]+ % of \d+ drafted tokens accepted, \d+ passes\n", err)
     sampled = [hbll(*arguments, "--seed", seed, "--top-k", "20")[1] for seed in (0, 1, 0)]
     assert sampled[0] == sampled[2] != sampled[1]
-    by_number, by_blocks = (hbll(*arguments, "--path", path, "--temperature", "0")[1] for path in ("2", "2-3"))
-    assert by_number == by_blocks
+    for number, name in (("1", "block-2"), ("2", "2-3"), ("3", "chain")):
+        by_number, by_name = (hbll(*arguments, "--path", path, "--temperature", "0")[1] for path in (number, name))
+        assert by_number == by_name
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import hbll
 from hbll.calls import Readout
 from hbll.files import write_tensors
 from hbll.modes import evaluating
+from hbll.tree import format_path
 
 WIDTH, BATCH, INPUTS, CLASSES = 4, 3, 5, 2
 
@@ -46,7 +47,7 @@ def test_forward_along_any_path(blocks, data):
     net = network(blocks)
     path = data.draw(st.sampled_from(list(net.tree.paths())))
     expected = along(net, X, path)
-    for way in (path, list(path), "-".join(map(str, path))):
+    for way in (path, list(path), format_path(path)):
         same(net(X, path=way), expected)
     same(net.sequential(path)(X), expected)
 
@@ -91,13 +92,15 @@ def test_readouts_are_the_chain_and_the_rim_cut_short():
 
     assert found(7) == [
         ("1-2-3-4-5-6-7", (1, 2, 3, 4, 5, 6, 7), 7),
-        ("4", (4,), 1),
+        ("block-4", (4,), 1),
         ("4-6", (4, 6), 2),
         ("4-6-7", (4, 6, 7), 3),
     ]
-    assert found(1) == [("1", (1,), 1)]
+    assert found(1) == [("block-1", (1,), 1)]
     assert network(7).readout("rim") == network(7).readout("4-6-7") == Readout("4-6-7", (4, 6, 7), 3)
     assert network(3).readout("chain") == Readout("1-2-3", (1, 2, 3), 3)
+    assert network(7).readout("3") == network(7).readout("rim")
+    assert network(7).resolve("4") == network(7).resolve(4) == (4, 5, 6, 7)
     with pytest.raises(ValueError, match="'tree' is not a path"):
         network(3).readout("tree")
 

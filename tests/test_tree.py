@@ -191,7 +191,7 @@ def test_what_is_no_path_is_named(path, sentence):
         Tree(8).check_path(path)
 
 
-@pytest.mark.parametrize("text", ["", "four", "4_6", "4--6", "-", "4-6-", "-4", "4,6", "4.0", "full"])
+@pytest.mark.parametrize("text", ["", "four", "4_6", "4--6", "-", "4-6-", "-4", "4,6", "4.0", "full", "block-", "block-4-6", "block-4 "])
 def test_what_names_no_path_is_quoted(text):
     with pytest.raises(ValueError, match=r"is not a path"):
         Tree(8).parse(text)
@@ -202,7 +202,17 @@ def test_names_of_paths():
     assert format_path((4, 6, 7)) == "4-6-7"
     assert tree.parse("chain") == tree.chain
     assert tree.parse("rim") == (4, 6, 7)
-    assert tree.parse("4") == (4,)
+    assert format_path((4,)) == "block-4"
+    assert tree.parse("block-4") == (4,)
+    assert [tree.parse(str(blocks)) for blocks in range(1, 8)] == [tree.path(blocks) for blocks in range(1, 8)]
+    with pytest.raises(ValueError, match="between 1 and 7 blocks here; got 8"):
+        tree.parse("8")
+
+
+@given(NODES, st.data())
+def test_a_name_that_is_printed_is_read_as_the_same_path(last, data):
+    path = Tree(last).path(data.draw(st.integers(1, last - 1)))
+    assert Tree(last).parse(format_path(path)) == path
 
 
 @pytest.mark.parametrize("blocks", [0, -1, 8, 100])

@@ -38,7 +38,7 @@ class Readout:
     """A path through a network, or another way of reading it."""
 
     name: str
-    """The network's name for it, or its blocks joined by dashes."""
+    """The network's name for it, or that of ``format_path``."""
 
     path: Path
 

@@ -131,8 +131,8 @@ class EvaluateOptions:
     """Folder of the run."""
 
     path: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Paths to evaluate, each by its blocks (4-6-7), or `chain`, or `rim`, or by the network's own name for it (`tree`),
-    or a stage's readout (`stage-2`)."""
+    """Paths to evaluate, each by its blocks (4-6-7; of one block, block-4) or their number (3), or `chain`, or `rim`, or by
+    the network's own name for it (`tree`), or a stage's readout (`stage-2`)."""
 
     paths: Literal["usual", "all"] = "usual"
     """Without --path: the chain, and the rim cut short at every length (of recurrent networks the chain and, where the
@@ -173,7 +173,8 @@ class GenerateOptions:
     """Of the draws."""
 
     path: str | None = None
-    """The path to generate along: its blocks (4-6-7) or their number (3), or a stage's readout, stage-2 (the chain)."""
+    """The path to generate along: its blocks (4-6-7; of one block, block-4) or their number (3), or a stage's readout,
+    stage-2 (the chain)."""
 
     draft: str | None = None
     """A path, named likewise, that drafts tokens for the other to verify (none)."""

@@ -6,6 +6,7 @@ of its middle, and so are its halves, until every interval has length one. The n
 its trailing zero bits (arXiv 2606.21497, section 3).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TypeAlias
@@ -17,8 +18,8 @@ Path: TypeAlias = tuple[int, ...]
 
 
 def format_path(path: Path) -> str:
-    """The name of a path: its blocks joined by dashes, ``4-6-7``."""
-    return "-".join(map(str, path))
+    """The name of a path: its blocks joined by dashes, ``4-6-7``; of one block ``block-4``, as ``4`` is a number of blocks."""
+    return f"block-{path[0]}" if len(path) == 1 else "-".join(map(str, path))
 
 
 class Tree:
@@ -73,7 +74,7 @@ class Tree:
 
     @property
     def rim_paths(self) -> list[Path]:
-        """The rim cut short after 1, 2, .. blocks: ``4``, ``4-6``, ``4-6-7`` at N = 8."""
+        """The rim cut short after 1, 2, .. blocks: ``block-4``, ``4-6``, ``4-6-7`` at N = 8."""
         return [self.rim[:k] for k in range(1, len(self.rim) + 1)]
 
     def paths(self) -> Iterator[Path]:
@@ -100,7 +101,7 @@ class Tree:
         return arcs(self.nodes // 2) * arcs(self.nodes - self.nodes // 2)
 
     def path(self, blocks: int) -> Path:
-        """The path with a given number of blocks: of those the lexicographically largest (4, 4-6, 4-6-7, 4-5-6-7, ..).
+        """The path with a given number of blocks: of those the lexicographically largest (block-4, 4-6, 4-6-7, 4-5-6-7, ..).
 
         Raises:
             ValueError: the number of blocks is not within 1..N-1.
@@ -139,15 +140,17 @@ class Tree:
         return tuple(path)
 
     def parse(self, text: str) -> Path:
-        """The path that a user names, ``4-6-7``, ``chain`` or ``rim``.
+        """The path that a user names: ``4-6-7``, ``block-4``, ``chain`` or ``rim``, or by its number of blocks, ``3``.
 
         Raises:
             ValueError: the text names no path of this tree.
         """
         if text in ("chain", "rim"):
             return self.chain if text == "chain" else self.rim
-        try:
-            blocks = [int(part) for part in text.split("-")]
-        except ValueError:
-            raise ValueError(f"{text!r} is not a path: write its blocks joined by dashes, such as 4-6-7") from None
-        return self.check_path(blocks)
+        if re.fullmatch(r"\d+", text):
+            return self.path(int(text))
+        if not re.fullmatch(r"block-\d+|\d+(-\d+)+", text):
+            raise ValueError(
+                f"{text!r} is not a path: write its blocks joined by dashes, such as 4-6-7, or block-4, or a number of blocks"
+            )
+        return self.check_path([int(block) for block in re.findall(r"\d+", text)])

@@ -21,7 +21,7 @@ def through_backward(rule, x, y):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("path", [None, 2, "4", "rim", [1, 2, 4, 6]])
+@pytest.mark.parametrize("path", [None, 2, "block-4", "rim", [1, 2, 4, 6]])
 def test_it_is_autograd_through_the_network_or_a_path(kind, path):
     network, x, y = KINDS[kind][0]()
     rule = make_rule("bp", network, path=path)
@@ -104,7 +104,7 @@ def test_frozen_parts_save_their_products(frozen):
     assert counted == measured
 
 
-@pytest.mark.parametrize(("path", "blocks"), [("4", 1), ("4-6", 2), ("rim", 3), ([1, 2, 4, 6], 4)])
+@pytest.mark.parametrize(("path", "blocks"), [("block-4", 1), ("4", 4), ("4-6", 2), ("rim", 3), ([1, 2, 4, 6], 4)])
 def test_a_path_costs_its_blocks(path, blocks):
     counted, measured = measure(make_rule("bp", countable(8), path=path))
     assert counted == measured == (3 * blocks, 2 * blocks)

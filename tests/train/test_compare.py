@@ -37,7 +37,7 @@ def test_a_method_is_summed_up_over_its_seeds(finished):
         assert result["spread"] == pytest.approx(abs(chains[0] - chains[1]) / 2**0.5)
         assert result["seconds"] == pytest.approx(sum(line.seconds for history in histories for line in history) / 2)
         assert result["paths"][0] == {"path": "1-2-3", "blocks": 3, "accuracy": result["accuracy"]}
-        assert [path["path"] for path in result["paths"]] == ["1-2-3", "2", "2-3"]
+        assert [path["path"] for path in result["paths"]] == ["1-2-3", "block-2", "2-3"]
     # Three blocks: backpropagation's work is 3 (N - 1) and its span 2 (N - 1); the tree's span 3 D - 1.
     assert [result["span"] for result in results] == [5, 6]
     assert results[1]["work"] == 9
@@ -146,7 +146,7 @@ def test_the_page_of_a_comparison_stands_alone_and_says_it_all(finished):
     opening, rest = page.text.split("2 seeds.")[0], page.text.split("What to try next")[1]
     assert conclusion(results, RECIPE.measures[0]) in opening
     assert f"hbll compare digits --run-dir {comparison.folder} --resume --rules paper bp .. --seeds 4" in rest
-    assert f"hbll evaluate {comparison.folder / 'paper-s0'} --path 2" in rest
+    assert f"hbll evaluate {comparison.folder / 'paper-s0'} --path block-2" in rest
 
 
 def sums(method, accuracy, memory=1, work=1, span=1, spread=None):

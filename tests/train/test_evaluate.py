@@ -14,6 +14,7 @@ from hbll.train import metrics
 from hbll.train.evaluate import evaluate_exits, evaluate_run, load_rule, measured
 from hbll.train.loop import train
 from hbll.train.run import Run
+from hbll.tree import format_path
 
 
 class Shift(nn.Module):
@@ -34,7 +35,7 @@ def shifting():
 
 
 def along(*paths):
-    return [Readout("-".join(map(str, path)), path, len(path)) for path in paths]
+    return [Readout(format_path(path), path, len(path)) for path in paths]
 
 
 def test_accuracy_is_the_share_of_correct_guesses_along_each_path(shifting):
@@ -44,7 +45,7 @@ def test_accuracy_is_the_share_of_correct_guesses_along_each_path(shifting):
     results = measured(shifting, Samples(inputs, labels), along((1, 2, 3), (2,), (2, 3)), [ACCURACY])
     assert results == [
         {"path": "1-2-3", "blocks": 3, "accuracy": 0.0},
-        {"path": "2", "blocks": 1, "accuracy": 0.2},
+        {"path": "block-2", "blocks": 1, "accuracy": 0.2},
         {"path": "2-3", "blocks": 2, "accuracy": 0.8},
     ]
 
@@ -115,7 +116,7 @@ def test_a_run_evaluates_to_what_its_last_epoch_measured(run):
     paths = evaluate_run(run.folder)
     assert paths == metrics.read(run.metrics_file)[-1].paths
     assert [list(path) for path in paths] == [["path", "blocks", "accuracy"]] * 3
-    assert [(path["path"], path["blocks"]) for path in paths] == [("1-2-3", 3), ("2", 1), ("2-3", 2)]
+    assert [(path["path"], path["blocks"]) for path in paths] == [("1-2-3", 3), ("block-2", 1), ("2-3", 2)]
     assert evaluate_run(run.folder, ["2-3"]) == evaluate_run(run.folder, ["rim"])
     assert evaluate_run(run.folder, ["chain"])[0]["path"] == "1-2-3"
 
@@ -127,19 +128,27 @@ def test_the_network_of_a_run_is_an_ordinary_one(run):
     assert share == pytest.approx(metrics.read(run.metrics_file)[-1].chain["accuracy"])
 
 
+def test_the_names_that_are_printed_and_numbers_of_blocks_are_paths_to_evaluate(run):
+    usual = evaluate_run(run.folder)
+    assert evaluate_run(run.folder, [path["path"] for path in usual]) == usual
+    assert evaluate_run(run.folder, ["3", "1", "2"]) == usual
+
+
 def test_what_is_no_path_of_the_network_is_refused(run):
-    with pytest.raises(ValueError, match="3 is not a path"):
-        evaluate_run(run.folder, ["3"])
+    with pytest.raises(ValueError, match="block-3 is not a path"):
+        evaluate_run(run.folder, ["block-3"])
+    with pytest.raises(ValueError, match="a path has between 1 and 3 blocks here; got 4"):
+        evaluate_run(run.folder, ["4"])
 
 
 def test_every_readout_with_what_it_costs(greedy_run):
     found = {path["path"]: path for path in evaluate_run(greedy_run.folder, every=True)}
-    rim = ["4", "4-6", "4-6-7"]
+    rim = ["block-4", "4-6", "4-6-7"]
     others = ["4-5-6-7", "2-4-5-6-7", "2-3-4-5-6-7"]
     assert list(found) == ["1-2-3-4-5-6-7", *rim, "stage-1", "stage-2", *others]
     embed, block, head = 64 * 16 + 16, 16 * 16 + 16, 16 * 10 + 10
     for name, path in found.items():
-        assert path["blocks"] == {"stage-1": 2, "stage-2": 4}.get(name, len(name.split("-")))
+        assert path["blocks"] == {"stage-1": 2, "stage-2": 4, "block-4": 1}.get(name, len(name.split("-")))
         assert path["parameters"] == embed + path["blocks"] * block + head
         assert math.isfinite(path["milliseconds"])
     usual = evaluate_run(greedy_run.folder)
@@ -159,7 +168,7 @@ def test_a_stages_readout_is_a_path_to_evaluate(greedy_run):
 def test_local_rules_have_the_readouts_that_they_train(tmp_path, name):
     trained(tmp_path, name)
     names = [path["path"] for path in evaluate_run(tmp_path, every=True)]
-    assert names == ["1-2-3", *{"ff": ["goodness"], "dgl": ["stage-1", "stage-2"]}[name], "2", "2-3"]
+    assert names == ["1-2-3", *{"ff": ["goodness"], "dgl": ["stage-1", "stage-2"]}[name], "block-2", "2-3"]
 
 
 @torch.no_grad()

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import torch
 
-from hbll.calls import PathLike
+from hbll.calls import Readout
 from hbll.data.vocabulary import load_vocabulary
 from hbll.generate import Generation, generate
-from hbll.recipes import Recipe
-from hbll.rule import Rule
 from hbll.train.device import device
 from hbll.train.evaluate import load_rule
 from hbll.train.run import open_run
@@ -31,7 +29,7 @@ def generate_run(
     Args:
         folder: of the run.
         prompt: a text.
-        path, draft: names of readouts (`chain`, `4-6-7`, `stage-2`), or numbers of blocks (`3`).
+        path, draft: names of readouts: `chain`, `4-6-7`, a number of blocks (`3`), `stage-2`.
         seed: of the draws.
         max_new_tokens, num_draft_tokens, temperature, top_k: as of `hbll.generate.generate`.
 
@@ -48,21 +46,19 @@ def generate_run(
         raise ValueError("there is nothing to go on from: give a prompt of one character at least")
     tokens = torch.tensor([vocabulary.encode(prompt)], device=device())
     rule.build(tokens)
+
+    def way(name: str | None) -> Readout | None:
+        return None if name is None else run.recipe.other_readout(rule, name)
+
     generation = generate(
         rule.network,
         tokens,
         max_new_tokens,
-        path=_way(run.recipe, rule, path),
-        draft=_way(run.recipe, rule, draft),
+        path=way(path),
+        draft=way(draft),
         num_draft_tokens=num_draft_tokens,
         temperature=temperature,
         top_k=top_k,
         generator=torch.Generator(device()).manual_seed(seed),
     )
     return vocabulary.decode(generation.tokens[0].tolist()), generation
-
-
-def _way(recipe: Recipe, rule: Rule, name: str | None) -> PathLike:
-    if name is None:
-        return None
-    return int(name) if name.isdecimal() else recipe.other_readout(rule, name)
