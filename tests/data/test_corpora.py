@@ -11,6 +11,7 @@ import pytest
 
 from hbll.data import corpora
 from hbll.data.corpora import CORPORA, encoded
+from hbll.data.vocabulary import Characters
 
 
 def text_of(folder, corpus, part):
@@ -87,12 +88,39 @@ def test_what_is_left_of_an_interruption_is_not_taken_for_tokens(small_data, mon
     assert len(encoded(CORPORA["novels"], "characters", data_dir=small_data).tokens["test"])
 
 
-def test_damaged_tokens_are_named(small_data):
-    encoded(CORPORA["novels"], "characters", data_dir=small_data)
-    (file,) = (small_data / "novels").glob("characters-*/valid.npy")
-    file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"tokens in .*characters-\w{8} are damaged: delete that folder"):
-        encoded(CORPORA["novels"], "characters", data_dir=small_data)
+def shortened(file):
+    np.save(file, np.load(file)[:-40])
+
+
+def beyond_the_vocabulary(file):
+    tokens = np.load(file)
+    tokens[3] = 10**6
+    np.save(file, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("valid.npy", lambda file: file.write_bytes(file.read_bytes()[:50])),
+        ("test.npy", shortened),
+        ("train.npy", beyond_the_vocabulary),
+        ("units.json", lambda file: file.write_text("{}")),
+        ("vocabulary.json", lambda file: file.write_text(Characters("ab").json())),
+        ("sums.json", lambda file: file.write_bytes(b"\xff")),
+        ("sums.json", Path.unlink),
+    ],
+)
+def test_damaged_tokens_are_made_anew(small_data, name, damage):
+    first = encoded(CORPORA["novels"], "characters", data_dir=small_data)
+    before = {part: tokens.tolist() for part, tokens in first.tokens.items()}
+    (folder,) = (small_data / "novels").glob("characters-*")
+    kept = {file.name: file.read_bytes() for file in folder.iterdir()}
+    damage(folder / name)
+    again = encoded(CORPORA["novels"], "characters", data_dir=small_data)
+    assert {part: tokens.tolist() for part, tokens in again.tokens.items()} == before
+    assert (again.vocabulary, again.units) == (first.vocabulary, first.units)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == kept
+    assert [path.name for path in (small_data / "novels").iterdir() if path.is_dir()] == [folder.name]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """Texts that language models are trained on, in their published files, and their tokens, encoded once and then mapped.
 
 The tokens lie beside the text, in a folder for each vocabulary (`novels/bytepairs-4096-1f0c9d3e/`): an array of
-each part and the vocabulary, which is that of the part to train on. The last part of the name is of the text's sum.
+each part and the vocabulary, which is that of the part to train on. The last part of the name is of the text's sum. What is
+kept has checksums, and is made anew where it is damaged.
 """
 
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,11 @@ from hbll.losses import IGNORED
 __all__ = ["CORPORA", "Corpus", "Encoded", "encoded"]
 
 PARTS = ("train", "valid", "test")
+
+KEPT = (*(f"{part}.npy" for part in PARTS), "units.json", "vocabulary.json")
+"""The files that tokens are kept in, beside `SUMS`, which has their checksums."""
+
+SUMS = "sums.json"
 
 HUB_NAME = "Salesforce/wikitext"
 
@@ -198,43 +202,53 @@ def encoded(corpus: Corpus, kind: TokenKind, size: int | None = None, data_dir: 
         data_dir: the folder that holds the corpus (None: $HBLL_DATA, else ~/.cache/hbll).
 
     Raises:
-        ValueError: the text is missing or damaged, or a kept file is; the message names it.
+        ValueError: the text is missing or damaged; the message names the file.
     """
     files = corpus.paths(data_dir)
     digest = hashlib.sha256("".join(map(file_sum, files.values())).encode()).hexdigest()[:8]
     name = "-".join([kind, *([str(size)] if kind == "bytepairs" else []), digest])
     folder = data_folder(data_dir) / corpus.name / name
-    if not folder.is_dir():
+    if not _is_whole(folder):
         corpus.check(data_dir)
         _encode(corpus, kind, size, files, folder)
-    try:
-        units = json.loads((folder / "units.json").read_text())
-        # Mapped for copying on write, because torch warns of arrays that cannot be written to; nothing writes to them.
-        tokens = {part: np.load(folder / f"{part}.npy", mmap_mode="c") for part in PARTS}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the tokens in {folder} are damaged: delete that folder, and they are made anew") from error
+    units = json.loads((folder / "units.json").read_text())
+    # Mapped for copying on write, because torch warns of arrays that cannot be written to; nothing writes to them.
+    tokens = {part: np.load(folder / f"{part}.npy", mmap_mode="c") for part in PARTS}
     return Encoded(load_vocabulary(folder / "vocabulary.json"), tokens, units)
 
 
 def _encode(corpus: Corpus, kind: TokenKind, size: int | None, files: Mapping[str, Path], folder: Path) -> None:
-    """Makes the folder: it is there whole or not at all."""
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.unfinished-", dir=folder.parent))
-    try:
+    """Makes the folder, in place of a damaged one: it is there whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.unfinished-", dir=folder.parent) as workspace:
+        made, damaged = Path(workspace, "made"), Path(workspace, "damaged")
+        made.mkdir()
         vocabulary = _vocabulary(kind, size, files)
-        (unfinished / "vocabulary.json").write_text(vocabulary.json())
+        (made / "vocabulary.json").write_text(vocabulary.json())
         for part, file in files.items():
             tokens = np.concatenate([np.array(vocabulary.encode(text), dtype=np.int64) for text in _texts(file)])
-            np.save(unfinished / f"{part}.npy", tokens)
+            np.save(made / f"{part}.npy", tokens)
         units = {part: corpus.units(file) for part, file in files.items()}
-        (unfinished / "units.json").write_text(json.dumps(units) + "\n")
-        unfinished.chmod(0o755)
+        (made / "units.json").write_text(json.dumps(units) + "\n")
+        (made / SUMS).write_text(json.dumps(_sums(made)) + "\n")
         try:
-            os.rename(unfinished, folder)
+            if folder.is_dir() and not _is_whole(folder):
+                folder.rename(damaged)
+            made.rename(folder)
         except OSError:
-            if not folder.is_dir():  # another process was faster otherwise, and made the same
+            if not _is_whole(folder):  # another process was faster otherwise, and made the same
                 raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether tokens are kept there, as they were written."""
+    try:
+        return json.loads((folder / SUMS).read_bytes()) == _sums(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {name: file_sum(folder / name) for name in KEPT}
 
 
 def _vocabulary(kind: TokenKind, size: int | None, files: Mapping[str, Path]) -> Vocabulary:
