@@ -15,11 +15,13 @@ import pytest
 import torch
 from tests.networks import mlp
 
+from hbll.recipes import RECIPES
 from hbll.reproduce import Reproduction, Table
 from hbll.reproduce.tables import Figure, Row, training
 from hbll.rules import RULES
 from hbll.train import metrics
-from hbll.train.run import open_run
+from hbll.train.loop import train
+from hbll.train.run import Run, open_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -496,3 +498,72 @@ class TestTable1:
         apart = (states[0] - states[1]).square().sum(1).mean() / states[1].var(0, correction=0).sum()
         assert found["gap"][:2] == [0, pytest.approx(apart.item())]
         assert len(found["gap"]) == len(found["cosine"]) == 7
+
+
+class TestSpeculation:
+    @pytest.fixture
+    def sweep(self, small_data, tmp_path, monkeypatch, capsys):
+        """Runs the benchmark, without its gate: its lines, its rows, and what it refuses."""
+        import speculation
+
+        gates = []
+        monkeypatch.setattr(speculation, "gate", gates.append)
+        sizes = {"blocks": 3, "width": 8, "context": 24, "epochs": 1, "train_samples": 64}
+        recipe = RECIPES["shakespeare-gpt"](stage=1, **sizes)
+        train(Run(recipe=recipe, method="greedy", seed=0, folder=tmp_path / "run", data_dir=small_data))
+        file = tmp_path / "out.jsonl"
+
+        def run(*arguments, folder=tmp_path / "run"):
+            monkeypatch.setattr(sys, "argv", ["speculation.py", str(folder), "--out", str(file), *arguments])
+            gates.clear()
+            try:
+                speculation.main()
+            except SystemExit as stop:
+                assert stop.code == 2
+                assert gates == []
+            else:
+                assert gates == [["test_generate.py"]]
+            output = capsys.readouterr()
+            rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in output.out.splitlines()]
+            return speculation.ledger.read(file), rows, output.err
+
+        return run
+
+    def test_a_sweep_goes_on_with_what_is_missing_alone(self, sweep):
+        small = ["--prompts", "2", "--prompt-tokens", "4", "--new-tokens", "8", "--num-draft-tokens", "2"]
+        lines, rows, _ = sweep(*small)
+        names = ["block-2", "2-3", "stage-1", "stage-2"]
+        assert sorted(line["draft"] for line in lines) == sorted(names)
+        assert all(line["same"] == 2 for line in lines)
+        assert all(len(row) == len(rows[0]) for row in rows)
+        assert sweep(*small)[0] == lines
+        for option, value in (("new-tokens", 9), ("prompts", 3), ("prompt-tokens", 5), ("temperature", 1.0)):
+            before = len(lines)
+            lines, rows, _ = sweep(*small, "--drafts", "2-3", f"--{option}", str(value))
+            assert len(lines) == before + 1
+            assert lines[-1][option.replace("-", "_")] == value
+            assert rows[-1][rows[0].index(option.replace("-", " "))] == str(value)
+            assert sweep(*small, "--drafts", "2", f"--{option}", str(value))[0] == lines  # of two blocks, the same
+
+    def test_one_new_token_has_no_draft(self, sweep):
+        (line,), (head, _, row), _ = sweep("--new-tokens", "1", "--drafts", "1", "--num-draft-tokens", "1")
+        assert (line["draft"], line["blocks"], line["acceptance_rate"]) == ("block-2", 1, None)
+        assert row[head.index("accepted")] == ""
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            ("--drafts 1-3", "1-3 is not a path: the tree has no arc from 1 to 3"),
+            ("--new-tokens 96", "16 tokens and 96 new ones are more than the context of 24 tokens"),
+            ("--new-tokens 0", "argument --new-tokens: must be at least 1, not 0"),
+            ("--prompts 0", "argument --prompts: must be at least 1, not 0"),
+            ("--temperature -1", "temperature must not be negative; got -1.0"),
+        ],
+    )
+    def test_what_cannot_be_is_one_sentence(self, sweep, arguments, sentence):
+        lines, rows, err = sweep("--new-tokens", "4", *arguments.split())
+        assert (lines, rows) == ([], [])
+        assert f"error: {sentence}" in err.splitlines()[-1]
+
+    def test_another_folder_is_told(self, sweep, tmp_path):
+        assert "is not the folder of a run" in sweep(folder=tmp_path)[2].splitlines()[-1]

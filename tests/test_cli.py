@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from hbll import cli
+from hbll.data.vocabulary import load_vocabulary
 from hbll.recipes import RECIPES
 from hbll.reproduce.tables import PATHS
+from hbll.train import checkpoint
 from hbll.train.hold import held
+from hbll.train.run import open_run
 
 SMALL = ["--blocks", "3", "--width", "16", "--epochs", "2", "--train-samples", "300"]
 
@@ -387,6 +390,23 @@ def test_what_cannot_be_generated_is_told(hbll, speaking, arguments, sentence):
     assert (code, out) == (2, "")
     assert err.startswith(f"hbll: {sentence}")
     assert err.count("\n") == 1
+
+
+def test_generate_takes_the_best_weights(hbll, small_data):
+    sizes = ["--blocks", "1", "--width", "8", "--context", "16", "--epochs", "1", "--batch-size", "4"]
+    text = ["--tokens", "characters", "--data-dir", small_data, "--run-dir", "run"]
+    assert hbll("train", "novels-gpt", *sizes, *text)[0] == 0
+    arguments = ["generate", "run", "--prompt", "fox", "--max-new-tokens", "5", "--temperature", "0"]
+    last = hbll(*arguments)[1]
+    run = open_run(Path("run"))
+    best = checkpoint.load(run.best_file)
+    best["rule"]["network.head.predict.bias"][load_vocabulary(run.vocabulary_file).encode("z")] = 100.0
+    checkpoint.save(run.best_file, best)
+    assert hbll(*arguments, "--best")[1] == "foxzzzzz\n"
+    assert hbll(*arguments)[1] == last != "foxzzzzz\n"
+    run.best_file.unlink()
+    sentence = "run has no best.safetensors: no epoch of it was measured on validation samples"
+    assert hbll(*arguments, "--best") == (2, "", f"hbll: {sentence}\n")
 
 
 def test_a_vocabulary_that_is_not_the_runs_is_told(hbll, speaking):

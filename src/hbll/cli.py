@@ -182,6 +182,9 @@ class GenerateOptions:
     num_draft_tokens: int = 4
     """Tokens that are drafted before they are verified."""
 
+    best: FlagCreatePairsOff[bool] = False
+    """The weights that were best by the validation samples, in place of the last."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceOptions:

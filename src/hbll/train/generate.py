@@ -7,9 +7,22 @@ import torch
 from hbll.calls import Readout
 from hbll.data.vocabulary import load_vocabulary
 from hbll.generate import Generation, generate
+from hbll.rule import Rule
 from hbll.train.device import device
 from hbll.train.evaluate import load_rule
-from hbll.train.run import open_run
+from hbll.train.run import Run, open_run
+
+
+def language_model(folder: Path, best: bool = False) -> tuple[Run, Rule]:
+    """A run of a language model that generates text, and its rule with the network, as `load_rule` has it.
+
+    Raises:
+        ValueError: `folder` holds no such run, or it cannot be read.
+    """
+    run = open_run(folder)
+    if not run.vocabulary_file.is_file():
+        raise ValueError(f"{run.recipe.name} is no language model of blocks, which alone generates text")
+    return run, load_rule(run, best).to(device())
 
 
 def generate_run(
@@ -23,6 +36,7 @@ def generate_run(
     num_draft_tokens: int = 4,
     temperature: float = 1.0,
     top_k: int | None = None,
+    best: bool = False,
 ) -> tuple[str, Generation]:
     """The prompt and what a run's network says next, and what that took.
 
@@ -32,16 +46,13 @@ def generate_run(
         path, draft: names of readouts: `chain`, `4-6-7`, a number of blocks (`3`), `stage-2`.
         seed: of the draws.
         max_new_tokens, num_draft_tokens, temperature, top_k: as of `hbll.generate.generate`.
+        best: as of `load_rule`.
 
     Raises:
-        ValueError: `folder` holds no run of a language model, the prompt is empty or not of its vocabulary, or as of
-            `hbll.generate.generate`.
+        ValueError: the prompt is empty or not of the vocabulary, or as of `language_model` and `hbll.generate.generate`.
     """
-    run = open_run(folder)
-    if not run.vocabulary_file.is_file():
-        raise ValueError(f"{run.recipe.name} is no language model of blocks, which alone generates text")
+    run, rule = language_model(folder, best)
     vocabulary = load_vocabulary(run.vocabulary_file)
-    rule = load_rule(run).to(device())
     if not prompt:
         raise ValueError("there is nothing to go on from: give a prompt of one character at least")
     tokens = torch.tensor([vocabulary.encode(prompt)], device=device())
