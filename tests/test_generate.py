@@ -166,6 +166,15 @@ def test_the_likeliest_tokens():
     assert probabilities(logits, 1.0, 1).max() == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-38, 1e-40, 1e-300, 5e-324])
+def test_tiny_temperatures_take_the_likeliest_token(temperature):
+    logits = torch.tensor([[-1.0, 30.0, 29.5, -torch.inf], [0.0, -2.0, -1.0, -3.0]])
+    for top_k in (None, 2):
+        assert probabilities(logits, temperature, top_k).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    network, tokens = language_model(), prompt()
+    assert network.generate(tokens, 8, temperature=temperature, draft=2).tokens.equal(greedy(network, tokens, 8))
+
+
 def test_the_same_seed_draws_the_same_tokens():
     network, tokens = language_model(), prompt()
 

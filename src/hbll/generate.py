@@ -136,7 +136,11 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None) 
     if top_k is not None and top_k < logits.shape[-1]:
         values, places = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, places, values)
-    return (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    # Logits are taken from the largest one, and temperatures below float32's normal numbers are one of these: where both
+    # were divided as they are, the largest would be infinite.
+    least = torch.finfo(logits.dtype).tiny
+    return ((logits - logits.amax(-1, keepdim=True)) / max(temperature, least)).softmax(-1)
 
 
 def drawn(distribution: Tensor, generator: torch.Generator | None) -> Tensor:
