@@ -151,6 +151,11 @@ class EvaluateOptions:
     json: FlagCreatePairsOff[bool] = False
     """Print one JSON object and nothing else."""
 
+    def __post_init__(self) -> None:
+        for points in self.exits:
+            if not 0 <= points < float("inf"):
+                raise ValueError(f"--exits must be at least 0 and finite, not {points}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
@@ -617,20 +622,28 @@ def _parse(options: Any, arguments: Sequence[str], prog: str, default: Any = Non
         if stop.code:
             raise ValueError(_sentence(output.getvalue())) from None
         raise
+    flags = _flags(parsed)
     for word in unknown:
         if word.startswith("-"):
-            check_known(word.split("=")[0], _flags(parsed), "option")
+            check_known(word.split("=")[0], flags, "option")
     if unknown:
         raise ValueError(f"{prog} does not know what to do with {' '.join(unknown)}")
+    for flag, value in flags.items():
+        if flag in arguments and isinstance(value, tuple) and (not value or () in value):  # any number of values, or none
+            raise ValueError(f"{flag} needs a value")
     return parsed
 
 
-def _flags(options: Any) -> list[str]:
-    flags = []
+def _flags(options: Any) -> dict[str, Any]:
+    """The values of options by their spellings; what has a place instead is none."""
+    flags = {}
     for field in fields(options):
         value = getattr(options, field.name)
-        flags += _flags(value) if is_dataclass(value) else ["--" + field.name.replace("_", "-")]
-        flags += [ALIASES[field.name]] if field.name in ALIASES else []
+        if is_dataclass(value):
+            flags |= _flags(value)
+        elif Positional not in getattr(field.type, "__metadata__", ()):
+            flags["--" + field.name.replace("_", "-")] = value
+            flags |= {ALIASES[field.name]: value} if field.name in ALIASES else {}
     return flags
 
 

@@ -80,8 +80,6 @@ def bench(options: BenchOptions) -> None:
     for name in ("points", "features", "iterations", "repeats"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; at least 1 is needed")
-    if not options.engines:
-        raise ValueError("engines is empty; at least one is needed")
     _check_seed(options.seed)
     refuse_beyond(8.0 * options.points * options.features, f"{options.points} points of {options.features} features")
     X, y = random_task(options.points, options.features, options.seed)
