@@ -74,11 +74,33 @@ def test_what_is_stored_is_read(tmp_path, byte_pairs):
     assert load_vocabulary(file) != Characters.of(["abc"])
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"kind": "letters", "content": "ab"}', "[1]"])
+@pytest.mark.parametrize("alphabet", ["", "ba", "aab"])
+def test_an_alphabet_is_sorted(alphabet):
+    with pytest.raises(ValueError, match=f"sorted, each once, and one at least; got '{alphabet}'"):
+        Characters(alphabet)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"kind": "letters", "content": "ab"}',
+        '{"kind": ["characters"], "content": "ab"}',
+        '{"kind": "bytepairs", "content": {}}',
+        '{"kind": "bytepairs", "content": "ab"}',
+        '{"kind": "characters", "content": ["a"]}',
+        '{"kind": "characters", "content": "ba"}',
+        '{"kind": "words", "content": ["a"]}',
+        '{"kind": "words", "content": 3}',
+        "\xff",
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path, content):
     file = tmp_path / "vocabulary.json"
     with pytest.raises(ValueError, match=r"there is no vocabulary .*vocabulary\.json"):
         load_vocabulary(file)
-    file.write_text(content)
+    file.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"vocabulary\.json holds no vocabulary"):
         load_vocabulary(file)

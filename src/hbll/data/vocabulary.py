@@ -54,11 +54,16 @@ class Vocabulary(ABC):
 
 
 class Characters(Vocabulary):
-    """Every character a token, numbered in the order of an alphabet; a text starts after a new line."""
+    """Every character a token, numbered in the order of an alphabet; a text starts after a new line.
+
+    ValueError for an alphabet that is empty, or whose characters are not sorted, each once.
+    """
 
     kind = "characters"
 
     def __init__(self, alphabet: str) -> None:
+        if not alphabet or list(alphabet) != sorted(set(alphabet)):
+            raise ValueError(f"an alphabet has its characters sorted, each once, and one at least; got {alphabet!r}")
         self.alphabet = alphabet
         self.codes = _code_points(alphabet)
         self.start = max(alphabet.find("\n"), 0)
@@ -165,16 +170,21 @@ def load_vocabulary(file: Path) -> Vocabulary:
     Raises:
         ValueError: there is no such file, or it holds no vocabulary.
     """
+    damaged = f"{file} holds no vocabulary, or a damaged one"
     try:
-        stored = json.loads(file.read_text())
+        stored = json.loads(file.read_bytes())
         kind, content = stored["kind"], stored["content"]
-        if kind == "bytepairs":
-            return BytePairs(_library().Tokenizer.from_str(json.dumps(content)))
-        return {"characters": Characters, "words": Words}[kind](content)
     except OSError as error:
         raise ValueError(f"there is no vocabulary {file}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} holds no vocabulary, or a damaged one") from error
+    except (ValueError, KeyError, TypeError) as error:  # neither JSON nor, maybe, text
+        raise ValueError(damaged) from error
+    tokenizers = _library() if kind == "bytepairs" else None
+    try:
+        if tokenizers:
+            return BytePairs(tokenizers.Tokenizer.from_str(json.dumps(content)))
+        return {"characters": Characters, "words": Words}[kind](content)
+    except Exception as error:  # tokenizers has no class of its own for what it cannot read
+        raise ValueError(damaged) from error
 
 
 def _code_points(text: str) -> np.ndarray:
