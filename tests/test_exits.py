@@ -99,8 +99,8 @@ def test_samples_leave_at_the_first_readout_that_is_sure(make, kind, quantile):
 @pytest.mark.parametrize(
     ("paths", "evaluations"),
     [
-        (["chain", "4", "4-6", "4-6-7", "4-5-6-7", "2-4-5-6-7"], 7 + 1 + 1 + 1 + 3 + 5),
-        (["4-6-7", "4", "4-6"], 3),  # whatever comes first
+        (["chain", "block-4", "4-6", "4-6-7", "4-5-6-7", "2-4-5-6-7"], 7 + 1 + 1 + 1 + 3 + 5),
+        (["4-6-7", "block-4", "4-6"], 3),  # whatever comes first
         (["2-4", "2-3-4", "2-4"], 2 + 2),
         (["chain"], 7),
     ],
@@ -130,8 +130,22 @@ def test_a_path_that_a_change_of_shape_forbids_is_refused_whatever_it_shares(pat
 def test_what_a_readout_evaluates_of_its_own_is_counted():
     network, x, _ = residual(4)
     readouts = [Readout("own", (1,), 3, head=network.head), network.readouts[0]]
-    assert classify(network, readouts, x, float("inf")).blocks == 3 + 2
+    assert classify(network, readouts, x, 1.0).blocks == 3 + 2
     assert classify(network, readouts, x, 0.0).blocks == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["greedy", "stream", "rim"])
+def test_where_no_sample_may_leave_all_go_straight_to_the_chain(kind):
+    network, x, _ = residual(8)
+    readouts = rim_of(network) if kind == "rim" else make_rule(kind, network, stage=2).exits
+    evaluated = []
+    for block in network.blocks:
+        block.register_forward_hook(lambda *_: evaluated.append(1))
+    found = classify(network, readouts, x, float("inf"))
+    assert found.blocks == len(evaluated) == 7
+    assert found.exits.tolist() == [len(readouts) - 1] * len(x)
+    torch.testing.assert_close(found.logits, network(x))
 
 
 def test_the_public_rooms():

@@ -113,13 +113,16 @@ def logits_at(network: Chain, readouts: Sequence[Readout], x: Any) -> Tensor:
 @torch.no_grad()
 def classify(network: Chain, readouts: Sequence[Readout], x: Any, threshold: float) -> Exited:
     """Classifies a batch, each sample by the first of the readouts that is sure enough, and evaluates those no further that
-    have left. Network and readouts should be in evaluation mode.
+    have left. With a threshold that no confidence reaches all samples go straight to the last readout. Network and readouts
+    should be in evaluation mode.
 
     Args:
         readouts: in the order in which they are tried; the last one takes all that are left.
         x: what embed takes, tensors whose first dimension is the sample.
         threshold: the least confidence to leave with, as ``calibrate`` gives it.
     """
+    first = 0 if threshold <= 1 else len(readouts) - 1
+    readouts = readouts[first:]
     state, context = network.embedded(x)
     states: dict[Path, Tensor] = {(): state}
     forks = _forks(readouts)
@@ -138,7 +141,7 @@ def classify(network: Chain, readouts: Sequence[Readout], x: Any, threshold: flo
             context = network.embedded(_rows(x, left))[1]
     assert logits is not None
     evaluated = torch.tensor(costs(readouts), dtype=torch.float64)[exits.cpu()]
-    return Exited(logits, exits, evaluated.mean().item())
+    return Exited(logits, first + exits, evaluated.mean().item())
 
 
 def _forks(readouts: Sequence[Readout]) -> set[Path]:

@@ -12,7 +12,7 @@ from torch.utils.benchmark import Timer
 from hbll.calls import Readout
 from hbll.data import Samples
 from hbll.data.vocabulary import load_vocabulary
-from hbll.exits import calibrate, classify, confidence, logits_at, outputs_at
+from hbll.exits import calibrate, classify, confidence, costs, first_exits, logits_at, outputs_at
 from hbll.losses import IGNORED
 from hbll.modes import evaluating
 from hbll.network import Chain
@@ -35,7 +35,8 @@ embed and head among it, and the `milliseconds` for a sample, in batches of `BAT
 
 ExitResult: TypeAlias = dict[str, Any]
 """What leaving early came to on the samples that were not calibrated on: `exits`, the readouts to leave at (`stages` or
-`rim`); `loss`, of accuracy, that was to be borne; the `threshold` of the confidence, None if no sample may leave early;
+`rim`); `loss`, of accuracy, that was to be borne; the `threshold` of the confidence, None if leaving early would cost more
+than the chain or lose too much, so that all samples go straight to it;
 `accuracy`, and `full_accuracy` at the last readout; `blocks` for a sample on average, and `full_blocks` of the chain; by
 name the `shares` of the samples that left at each readout."""
 
@@ -118,8 +119,8 @@ def evaluate_exits(
     run = open_run(folder)
     recipe = run.recipe
     rule = load_rule(run, best).to(device())
-    splits = recipe.splits(data_dir or run.data_dir).to(device())
-    test = splits.test
+    splits = recipe.splits(data_dir or run.data_dir)
+    test = splits.test.to(device())
     if test.labels.ndim != 1:
         raise ValueError(
             f"{recipe.name} predicts every token of a sequence: confidence exits are for classes of samples"
@@ -130,7 +131,7 @@ def evaluate_exits(
     sequences = {name: readouts for name, readouts in sequences.items() if len(readouts) > 1}
     if not isinstance(rule.network, Chain) or not sequences:
         raise ValueError(f"{run.method} on {recipe.name} has no readout to leave at before the chain's")
-    held_out, rest = (splits.valid, test) if splits.valid else (test[::2], test[1::2])
+    held_out, rest = (splits.valid.to(device()), test) if splits.valid else (test[::2], test[1::2])
     with evaluating(rule):
         return [
             {"exits": name, "loss": loss, **found}
@@ -146,8 +147,11 @@ def _leaving(
     logits = torch.cat([logits_at(network, readouts, inputs) for inputs in held_out.inputs.split(BATCH_SIZE)], 1)
     batches = rest.inputs.split(BATCH_SIZE)
     full = torch.cat([network(inputs, path=readouts[-1]).argmax(-1) for inputs in batches])
+    evaluated = torch.tensor(costs(readouts), dtype=torch.float64, device=logits.device)
     for loss in losses:
         threshold = calibrate(confidence(logits), logits.argmax(-1) == held_out.labels, loss)
+        if evaluated[first_exits(confidence(logits), threshold)].mean() >= readouts[-1].blocks:  # larger ones cost more
+            threshold = math.inf
         exited = [classify(network, readouts, inputs, threshold) for inputs in batches]
         exits = torch.cat([found.exits for found in exited])
         yield {
@@ -180,12 +184,13 @@ def measured(
 ) -> list[PathResult]:
     """The measures of the rule's network on the samples along each of the readouts."""
     size = _batch_size(samples)
-    sums = torch.zeros(len(readouts), len(measures), dtype=torch.float64)
+    batches = zip(samples.inputs.split(size), samples.labels.split(size), strict=True)
     with evaluating(rule):
-        for inputs, labels in zip(samples.inputs.split(size), samples.labels.split(size), strict=True):
-            scores = _scores(rule.network, inputs, readouts)
-            values = torch.stack([_sums(logits, labels, measures) for logits in scores])
-            sums = sums.to(values.device) + values
+        values = (
+            torch.stack([_sums(logits, labels, measures) for logits in _scores(rule.network, inputs, readouts)])
+            for inputs, labels in batches
+        )
+        sums = _added(values, len(readouts), len(measures))
     units = units_of(samples)
     return [
         {"path": readout.name, "blocks": readout.blocks, **means(row, measures, units)}
@@ -195,10 +200,14 @@ def measured(
 
 def summed(predicted: Iterable[tuple[Tensor, Tensor]], measures: Sequence[Measure]) -> Tensor:
     """The sums of the measures' values over batches of logits and labels, (number of measures,) in float64."""
-    sums = torch.zeros(len(measures), dtype=torch.float64)
-    for logits, labels in predicted:
-        values = _sums(logits, labels, measures)
-        sums = sums.to(values.device) + values
+    return _added((_sums(logits, labels, measures) for logits, labels in predicted), len(measures))
+
+
+def _added(values: Iterable[Tensor], *shape: int) -> Tensor:
+    """The sum of some values of a shape in float64, where they lie."""
+    sums = torch.zeros(shape, dtype=torch.float64)
+    for value in values:
+        sums = sums.to(value.device) + value
     return sums
 
 
