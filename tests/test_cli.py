@@ -20,7 +20,7 @@ from hbll.recipes import RECIPES
 from hbll.reproduce.tables import PATHS
 from hbll.train import checkpoint
 from hbll.train.hold import held
-from hbll.train.run import open_run
+from hbll.train.run import open_run, read_json, write_json
 
 SMALL = ["--blocks", "3", "--width", "16", "--epochs", "2", "--train-samples", "300"]
 
@@ -431,6 +431,16 @@ def test_a_vocabulary_that_is_not_the_runs_is_told(hbll, speaking):
     assert hbll(*resumed)[::2] == (2, f"hbll: {file} is damaged, or another run's: {sentence}\n")
     file.unlink()
     assert hbll("generate", "run", "--prompt", "abc") == (2, "", f"hbll: {file} is missing: {sentence}\n")
+
+
+def test_a_vocabulary_that_an_earlier_version_did_not_note_is_told_when_it_is_gone(hbll, speaking):
+    folder = Path("run")
+    stored = read_json(folder, "configuration.json", "run")
+    del stored["vocabulary_sha256"]
+    write_json(folder / "configuration.json", stored)
+    assert hbll("generate", "run", "--prompt", "abc", "--max-new-tokens", "4")[0] == 0
+    Path("run/vocabulary.json").unlink()
+    assert hbll("generate", "run", "--prompt", "abc") == (2, "", "hbll: there is no vocabulary run/vocabulary.json\n")
 
 
 def test_a_network_that_is_no_language_model_generates_none(hbll, trained):

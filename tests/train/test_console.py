@@ -32,9 +32,13 @@ def test_a_table_keeps_all_its_figures_in_every_terminal(capsys, monkeypatch, tm
     assert page == f"page: {tmp_path}"
 
 
-def test_a_long_path_is_folded(capsys, monkeypatch):
+def test_a_long_path_is_folded_on_a_terminal_alone(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     name = "-".join(map(str, range(1, 32)))
+    show_paths([{"path": name, "blocks": 31, "accuracy": 0.5}], [ACCURACY])
+    _, row = capsys.readouterr().out.splitlines()
+    assert row.split() == [name, "31", "50.00", "%"]
+    monkeypatch.setenv("FORCE_COLOR", "1")  # by which rich takes anything for a terminal
     show_paths([{"path": name, "blocks": 31, "accuracy": 0.5}], [ACCURACY])
     _, first, *others = capsys.readouterr().out.splitlines()
     assert first.split()[1:] == ["31", "50.00", "%"]

@@ -97,7 +97,7 @@ def show_rates(generation: Generation) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout: names to the left, figures to the right."""
+    """A table on stdout: names to the left, figures to the right; where it is no terminal, a line for each row."""
     rows = list(rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
@@ -105,9 +105,10 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False)
-    figures = list(zip(columns, *rows, strict=True))[1:]
-    # Names may be folded but not cut away: a table that has no room for its figures is wider than the terminal.
-    console.width = max(console.width, _NAME_WIDTH + sum(2 + max(map(len, column)) for column in figures))
+    name, *figures = (max(map(len, column)) for column in zip(columns, *rows, strict=True))
+    # Names may be folded on a terminal but not cut away: a table that has no room for its figures is wider than it.
+    least = _NAME_WIDTH if console.is_terminal else name
+    console.width = max(console.width, least + sum(2 + figure for figure in figures))
     console.print(table)
 
 

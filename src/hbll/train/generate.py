@@ -7,6 +7,7 @@ import torch
 from hbll.calls import Readout
 from hbll.data.vocabulary import load_vocabulary
 from hbll.generate import Generation, generate
+from hbll.recipes.gpt import GptRecipe
 from hbll.rule import Rule
 from hbll.train.device import device
 from hbll.train.evaluate import load_rule
@@ -20,7 +21,7 @@ def language_model(folder: Path, best: bool = False) -> tuple[Run, Rule]:
         ValueError: `folder` holds no such run, or it cannot be read.
     """
     run = open_run(folder)
-    if not run.vocabulary_file.is_file():
+    if not isinstance(run.recipe, GptRecipe):
         raise ValueError(f"{run.recipe.name} is no language model of blocks, which alone generates text")
     return run, load_rule(run, best).to(device())
 
