@@ -4,9 +4,10 @@
 
 The runs are folders of language models (``hbll train shakespeare-gpt``). Prompts are the beginnings of test sequences;
 drafts are the run's short paths and its stages' readouts. Each line is of one run, one draft, one number of drafted
-tokens, one temperature, and so many prompts of so many tokens with so many new ones: the share of them that was kept, the tokens a second of draft and verification together, those of plain decoding of
-the same prompts just before, and, of greedy decoding, how many of the sequences are the same to the last token. A sweep
-that was interrupted goes on where it stopped.
+tokens, one temperature, and so many prompts of so many tokens with so many new ones: the share of the drafted tokens that
+was kept, the tokens a second of draft and verification together, those of plain decoding of the same prompts just before,
+and, of greedy decoding, how many of the sequences are the same to the last token. A sweep that was interrupted goes on
+where it stopped.
 """
 
 import argparse

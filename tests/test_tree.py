@@ -191,7 +191,9 @@ def test_what_is_no_path_is_named(path, sentence):
         Tree(8).check_path(path)
 
 
-@pytest.mark.parametrize("text", ["", "four", "4_6", "4--6", "-", "4-6-", "-4", "4,6", "4.0", "full", "block-", "block-4-6", "block-4 "])
+@pytest.mark.parametrize(
+    "text", ["", "four", "4_6", "4--6", "-", "4-6-", "-4", "4,6", "4.0", "full", "block-", "block-4-6", "block-4 "]
+)
 def test_what_names_no_path_is_quoted(text):
     with pytest.raises(ValueError, match=r"is not a path"):
         Tree(8).parse(text)

@@ -629,7 +629,9 @@ def _parse(options: Any, arguments: Sequence[str], prog: str, default: Any = Non
     if unknown:
         raise ValueError(f"{prog} does not know what to do with {' '.join(unknown)}")
     for flag, value in flags.items():
-        if flag in arguments and isinstance(value, tuple) and (not value or () in value):  # any number of values, or none
+        if (
+            flag in arguments and isinstance(value, tuple) and (not value or () in value)
+        ):  # any number of values, or none
             raise ValueError(f"{flag} needs a value")
     return parsed
 

@@ -159,7 +159,7 @@ class Chain(nn.Module):
         return evaluate(self.head, state, context)
 
     def resolve(self, path: str | int | Sequence[int] | None) -> Path:
-        """The blocks of a path given by name (``4-6-7``, ``block-4``, ``chain``, ``rim``), as a list, or by its number of blocks.
+        """The blocks of a path given by name (``4-6-7``, ``block-4``, ``chain``, ``rim``), as a list, or by their number.
 
         Raises:
             ValueError: the tree has no such path.

@@ -18,7 +18,7 @@ Path: TypeAlias = tuple[int, ...]
 
 
 def format_path(path: Path) -> str:
-    """The name of a path: its blocks joined by dashes, ``4-6-7``; of one block ``block-4``, as ``4`` is a number of blocks."""
+    """The name of a path: its blocks joined by dashes, ``4-6-7``; of one block ``block-4``, for ``4`` is their number."""
     return f"block-{path[0]}" if len(path) == 1 else "-".join(map(str, path))
 
 
@@ -151,6 +151,6 @@ class Tree:
             return self.path(int(text))
         if not re.fullmatch(r"block-\d+|\d+(-\d+)+", text):
             raise ValueError(
-                f"{text!r} is not a path: write its blocks joined by dashes, such as 4-6-7, or block-4, or a number of blocks"
+                f"{text!r} is not a path: write its blocks joined by dashes, such as 4-6-7, or block-4, or their number"
             )
         return self.check_path([int(block) for block in re.findall(r"\d+", text)])

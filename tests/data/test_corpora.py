@@ -139,12 +139,16 @@ def test_truncated_and_swapped_files_are_named(small_data, corpus, part, sentenc
         with pytest.raises(ValueError, match=sentence):
             encoded(CORPORA[corpus], "characters", data_dir=small_data)
     file.unlink()
-    with pytest.raises(ValueError, match=rf"{file.name} is missing; put the published file there"):
+    with pytest.raises(
+        ValueError, match=rf"{file.name} of {CORPORA[corpus].title} is missing: put the published file there"
+    ):
         encoded(CORPORA[corpus], "characters", data_dir=small_data)
 
 
 def test_without_the_large_wikitext_the_novels_are_offered(small_data):
-    with pytest.raises(ValueError, match=r"WikiText-103 is not there: .* take the hundred novels .* novels-gpt"):
+    with pytest.raises(
+        ValueError, match=r"wiki\.train\.tokens of WikiText-103 is missing: .* take the hundred novels .* novels-gpt"
+    ):
         encoded(CORPORA["wikitext-103"], "words", data_dir=small_data)
 
 

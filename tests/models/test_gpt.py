@@ -174,3 +174,8 @@ def test_scan_trains_it_exactly(engine, rotary):
     step = hbll.make_rule("scan", net, guess="mean", stage=2, sweeps=2, credit_sweeps=2, engine=engine)(x, y)
     exact = F.cross_entropy(net(x).flatten(0, 1), y.flatten())
     assert_equal_gradients(gradients(net, step.loss), gradients(net, exact))
+
+
+def test_heads_divide_the_width():
+    with pytest.raises(ValueError, match="a width of 16 cannot be divided among 3 attention heads"):
+        GPTBlock(16, 3)

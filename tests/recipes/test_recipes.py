@@ -71,8 +71,10 @@ def test_more_samples_than_there_are_cannot_be_had():
 
 
 def test_a_batch_must_be_had():
-    with pytest.raises(ValueError, match="--batch-size 64 is more than the 20 training samples"):
-        DIGITS(train_samples=20).splits(None)
+    with pytest.raises(ValueError, match="--train-samples 60 is less than the 64 samples of a step"):
+        DIGITS(train_samples=60, batch_size=32, accumulate=2).splits(None)
+    with pytest.raises(ValueError, match="--batch-size 719 x 2 is more than the 1437 training samples"):
+        DIGITS(batch_size=719, accumulate=2).splits(None)
 
 
 @pytest.mark.parametrize(

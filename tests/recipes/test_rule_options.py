@@ -123,7 +123,12 @@ def test_a_run_is_trained_and_kept_with_its_options(tmp_path, method, stage):
     run = Run(recipe=replace(DIGITS, stage=stage, rim=0.3), method=method, seed=0, folder=tmp_path)
     train(run)
     assert open_run(tmp_path) == run
-    assert [path["path"] for path in metrics.read(run.metrics_file)[-1].paths] == ["1-2-3-4-5-6-7", "block-4", "4-6", "4-6-7"]
+    assert [path["path"] for path in metrics.read(run.metrics_file)[-1].paths] == [
+        "1-2-3-4-5-6-7",
+        "block-4",
+        "4-6",
+        "4-6-7",
+    ]
     with pytest.raises(ValueError, match=rf"was trained with --stage {re.escape(str(stage))}, not 2"):
         train(replace(run, recipe=replace(run.recipe, stage=2)), resume=True)
 

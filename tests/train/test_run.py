@@ -73,6 +73,7 @@ def test_a_checkpoint_says_of_which_run_it_is(run):
     others = {
         "--seed 0, not 1": replace(run, seed=1),
         "--method bp, not paper": replace(run, method="paper"),
+        "the recipe digits, not mnist-mlp": replace(run, recipe=RECIPES["mnist-mlp"](width=16, epochs=2)),
         "--width 16, not 8": replace(run, recipe=replace(RECIPE, width=8)),
     }
     for said, other in others.items():

@@ -74,8 +74,8 @@ class Corpus:
         for file in paths.values():
             if not file.is_file():
                 raise ValueError(
-                    f"{self.title} is not there: {file} is missing; put the published file there, or name the folder that "
-                    f"holds {self.name}/ by --data-dir or HBLL_DATA"
+                    f"the data file {file} of {self.title} is missing: put the published file there, or name the folder "
+                    f"that holds {self.name}/ by --data-dir or HBLL_DATA"
                     + (", or `pip install datasets` to download it" if self.hub else "")
                     + self.instead
                 )

@@ -104,6 +104,8 @@ class GPTBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0, depth: int = 1) -> None:
         super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be divided among {heads} attention heads")
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)

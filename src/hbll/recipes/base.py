@@ -133,7 +133,10 @@ class Recipe(ABC):
         if self.train_samples is not None and self.train_samples > len(splits.train):
             raise ValueError(f"--train-samples {self.train_samples} is more than the {len(splits.train)} there are")
         splits = replace(splits, train=splits.train[: self.train_samples])
-        if self.batch_size * self.accumulate > len(splits.train):
+        step = self.batch_size * self.accumulate
+        if self.train_samples is not None and step > self.train_samples:
+            raise ValueError(f"--train-samples {self.train_samples} is less than the {step} samples of a step")
+        if step > len(splits.train):
             size = f"--batch-size {self.batch_size}" + (f" x {self.accumulate}" if self.accumulate > 1 else "")
             raise ValueError(f"{size} is more than the {len(splits.train)} training samples")
         return splits

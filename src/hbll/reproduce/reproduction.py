@@ -23,7 +23,7 @@ from hbll.train import metrics
 from hbll.train.metrics import Metrics
 from hbll.train.page import page, section, table_of
 from hbll.train.rates import best_rate, next_rate
-from hbll.train.run import Run, check_same, open_run
+from hbll.train.run import TABLE, Run, check_same, open_run
 from hbll.train.several import OnStep, train_several
 
 Results: TypeAlias = list[dict[str, Any]]
@@ -243,7 +243,7 @@ def write_results(reproduction: Reproduction, diverged: Collection[str] = ()) ->
     ]
     content = {"title": reproduction.table.title, "scale": reproduction.scale, "rows": results}
     reproduction.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(reproduction.folder / "table.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(reproduction.folder / TABLE, json.dumps(content, indent=2) + "\n")
     write_atomically(reproduction.folder / "report.html", _page(reproduction, results, diverged))
     return results
 

@@ -12,7 +12,7 @@ from hbll.train import metrics, plots
 from hbll.train.compare import Comparison, MethodResult, open_comparison, open_results
 from hbll.train.metrics import Metrics
 from hbll.train.page import page, section, table_of
-from hbll.train.run import COMPARISON, Run, open_run
+from hbll.train.run import COMPARISON, TABLE, Run, open_run
 from hbll.train.tables import path_columns, path_row, result_columns, result_row
 
 BACKPROPAGATION = ("bp", "bptt", "bptt-fused")
@@ -21,6 +21,9 @@ BACKPROPAGATION = ("bp", "bptt", "bptt-fused")
 
 def write_report(folder: Path) -> Path:
     """Writes `report.html` into the folder of a run or a comparison; ValueError when it is neither, or has no epoch."""
+    if (folder / TABLE).exists():
+        page = folder / "report.html"
+        raise ValueError(f"{folder} is the folder of a table, whose page is {page}: name one of its runs")
     page = _comparison_page(folder) if (folder / COMPARISON).exists() else _run_page(folder)
     file = folder / "report.html"
     write_atomically(file, page)

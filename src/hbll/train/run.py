@@ -28,8 +28,8 @@ from hbll.files import file_sum, sealed, unsealed, write_atomically
 from hbll.recipes import RECIPES, Recipe, flag
 from hbll.train import checkpoint
 
-CONFIGURATION, COMPARISON = "configuration.json", "comparison.json"
-"""What makes a folder that of a run, or of a comparison."""
+CONFIGURATION, COMPARISON, TABLE = "configuration.json", "comparison.json", "table.json"
+"""What makes a folder that of a run, of a comparison, or of a table that is made again."""
 
 Parallel: TypeAlias = Literal["none", "stages", "data"]
 """What several processes have each: nothing, as there is one; a stage, or a replica of one; a replica of the network."""
@@ -123,7 +123,8 @@ class Run:
             ours = self.mark
             for option, value in state["run"].items():
                 if option in ours and value != ours[option]:
-                    raise ValueError(f"{file} is of another run, with {flag(option)} {value}, not {ours[option]}")
+                    name = "the recipe" if option == "recipe" else flag(option)
+                    raise ValueError(f"{file} is of another run, with {name} {value}, not {ours[option]}")
         return state
 
     def stage_checkpoints(self, stage: int, stages: int | None = None) -> dict[int, tuple[Path, dict[str, Any]]]:
