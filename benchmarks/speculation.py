@@ -51,11 +51,10 @@ def main() -> None:
         parser.error(str(error))
     gate(["test_generate.py"])
     fixed = {name: getattr(arguments, name) for name in ("temperature", "prompts", "prompt_tokens", "new_tokens")}
-    done = ledger.read(arguments.out)
     for run, network, drafts, prompts in runs:
         for draft, count in product(drafts, arguments.num_draft_tokens):
             setting = {"run": str(run), "draft": draft.name, "num_draft_tokens": count, **fixed}
-            if not any(setting.items() <= line.items() for line in done):
+            if not any(setting.items() <= line.items() for line in ledger.read(arguments.out)):
                 found = swept(network, draft, count, prompts, arguments.new_tokens, arguments.temperature)
                 ledger.append(arguments.out, setting | found)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
