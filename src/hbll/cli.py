@@ -629,9 +629,8 @@ def _parse(options: Any, arguments: Sequence[str], prog: str, default: Any = Non
     if unknown:
         raise ValueError(f"{prog} does not know what to do with {' '.join(unknown)}")
     for flag, value in flags.items():
-        if (
-            flag in arguments and isinstance(value, tuple) and (not value or () in value)
-        ):  # any number of values, or none
+        several = flag in arguments and isinstance(value, tuple)  # of which there may be none
+        if several and (not value or () in value):
             raise ValueError(f"{flag} needs a value")
     return parsed
 

@@ -113,15 +113,15 @@ def logits_at(network: Chain, readouts: Sequence[Readout], x: Any) -> Tensor:
 @torch.no_grad()
 def classify(network: Chain, readouts: Sequence[Readout], x: Any, threshold: float) -> Exited:
     """Classifies a batch, each sample by the first of the readouts that is sure enough, and evaluates those no further that
-    have left. With a threshold that no confidence reaches all samples go straight to the last readout. Network and readouts
-    should be in evaluation mode.
+    have left. With an infinite threshold all samples go straight to the last readout. Network and readouts should be in
+    evaluation mode.
 
     Args:
         readouts: in the order in which they are tried; the last one takes all that are left.
         x: what embed takes, tensors whose first dimension is the sample.
         threshold: the least confidence to leave with, as ``calibrate`` gives it.
     """
-    first = 0 if threshold <= 1 else len(readouts) - 1
+    first = len(readouts) - 1 if threshold == torch.inf else 0
     readouts = readouts[first:]
     state, context = network.embedded(x)
     states: dict[Path, Tensor] = {(): state}
