@@ -350,7 +350,7 @@ def test_every_epoch_is_measured(tmp_path):
     assert lines == heard
     assert [line.epoch for line in lines] == [1, 2, 3]
     for line in lines:
-        assert [path["path"] for path in line.paths] == ["1-2-3", "2", "2-3"]
+        assert [path["path"] for path in line.paths] == ["1-2-3", "block-2", "2-3"]
         assert list(line.nodes) == ["1"]  # the whole network is one stage
         assert line.nodes["1"]["cosine"] == pytest.approx(1)
         assert (line.work, line.span) == (9, 6)  # backpropagation on three blocks: 3 (N - 1) and 2 (N - 1)
