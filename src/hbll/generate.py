@@ -133,14 +133,15 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None) 
     """The distribution (..., V) that tokens are drawn from; at temperature 0 all of it is on the likeliest one."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    if top_k is not None and top_k < logits.shape[-1]:
-        values, places = logits.topk(top_k)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, places, values)
     logits = logits.float()
     # Logits are taken from the largest one, and temperatures below float32's normal numbers are one of these: where both
     # were divided as they are, the largest would be infinite.
     least = torch.finfo(logits.dtype).tiny
-    return ((logits - logits.amax(-1, keepdim=True)) / max(temperature, least)).softmax(-1)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, least)
+    if top_k is not None and top_k < logits.shape[-1]:
+        places = logits.topk(top_k).indices
+        scaled = torch.full_like(scaled, -torch.inf).scatter(-1, places, scaled.gather(-1, places))
+    return scaled.softmax(-1)
 
 
 def drawn(distribution: Tensor, generator: torch.Generator | None) -> Tensor:
