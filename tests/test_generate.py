@@ -1,5 +1,6 @@
 """Generated tokens. Oracle: the network on the whole sequence, anew for every token; for draws the exact distribution."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -147,7 +148,8 @@ def test_what_is_verified_has_the_distribution_of_the_truth():
     rows = 40_000
     drafted = torch.multinomial(guess, rows, replacement=True)[:, None]
     truths = truth.expand(rows, 2, 5)
-    kept, following = verified(truths, [guess.expand(rows, 5)], drafted, None)
+    draw = partial(torch.multinomial, num_samples=1)
+    kept, following = verified(truths, [guess.expand(rows, 5)], drafted, draw, None)
     assert kept == 0  # of so many one is wrong
     expected = rows * truth
     assert ((following.flatten().bincount(minlength=5) - expected).square() / expected).sum() < 4 + 4 * 8**0.5

@@ -7,9 +7,10 @@ stage in common with the chain, a path along the rim nothing.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from hbll.modes import evaluating
 from hbll.names import check_number
 
 __all__ = ["Generation", "generate", "verified"]
+
+Draw: TypeAlias = Callable[[Tensor], Tensor]
+"""Takes one token of each distribution (B, V): (B, 1)."""
 
 
 class Network(Protocol):
@@ -108,6 +112,8 @@ def generate(
     def odds(logits: Tensor) -> Tensor:
         return probabilities(logits, temperature, top_k)
 
+    # Where all of a distribution is on one token there is nothing to draw, which would take as long as a block.
+    draw: Draw = likeliest if temperature == 0 else partial(torch.multinomial, num_samples=1, generator=generator)
     first, end = tokens.shape[1], tokens.shape[1] + max_new_tokens
     drafted = accepted = passes = 0
     start = time.perf_counter()
@@ -116,9 +122,9 @@ def generate(
             guesses = []
             for _ in range(0 if draft is None else min(num_draft_tokens, end - length - 1)):
                 guesses.append(odds(trunk.logits(1, tokens)[:, -1]))
-                tokens = torch.cat([tokens, drawn(guesses[-1], generator)], 1)
+                tokens = torch.cat([tokens, draw(guesses[-1])], 1)
             truths = odds(trunk.logits(0, tokens)[:, -len(guesses) - 1 :])
-            kept, following = verified(truths, guesses, tokens[:, length:], generator)
+            kept, following = verified(truths, guesses, tokens[:, length:], draw, generator)
             tokens = torch.cat([tokens[:, : length + kept], following], 1)
             trunk.cut(length + kept)
             drafted, accepted, passes = drafted + len(guesses), accepted + kept, passes + 1
@@ -144,13 +150,13 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None) 
     return scaled.softmax(-1)
 
 
-def drawn(distribution: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token of each distribution (B, V), (B, 1)."""
-    return torch.multinomial(distribution, 1, generator=generator)
+def likeliest(distribution: Tensor) -> Tensor:
+    """The likeliest token of each distribution (B, V), (B, 1)."""
+    return distribution.argmax(-1, keepdim=True)
 
 
 def verified(
-    truths: Tensor, guesses: Sequence[Tensor], drafted: Tensor, generator: torch.Generator | None
+    truths: Tensor, guesses: Sequence[Tensor], drafted: Tensor, draw: Draw, generator: torch.Generator | None
 ) -> tuple[int, Tensor]:
     """How many of the drafted tokens are kept, and what follows them, (B, 1).
 
@@ -162,21 +168,23 @@ def verified(
         truths: p, the distributions after the tokens known and after each drafted one, (B, k + 1, V).
         guesses: q, what each of the k tokens was drawn from, (B, V) each.
         drafted: (B, k).
+        draw: what draws from distributions that are not of drafted tokens.
+        generator: of the numbers that acceptance is drawn by.
     """
     count = len(guesses)
     if not count:
-        return 0, drawn(truths[:, 0], generator)
+        return 0, draw(truths[:, 0])
     chosen = drafted.unsqueeze(-1)
     p = truths[:, :-1].gather(-1, chosen).squeeze(-1)
     q = torch.stack(list(guesses), 1).gather(-1, chosen).squeeze(-1)
     accepted = torch.rand(p.shape, generator=generator, device=p.device) * q < p
     kept = int(accepted.cumprod(1).sum(1).min())
     if kept == count:
-        return kept, drawn(truths[:, -1], generator)
+        return kept, draw(truths[:, -1])
     wrong = ~accepted[:, kept : kept + 1]
     rest = (truths[:, kept] - guesses[kept]).clamp_min(0)
     usable = wrong & (rest.sum(1, keepdim=True) > 0)  # which it may not be where p is less than q by rounding alone
-    replaced = drawn(torch.where(usable, rest, truths[:, kept]), generator)
+    replaced = draw(torch.where(usable, rest, truths[:, kept]))
     return kept, torch.where(wrong, replaced, drafted[:, kept : kept + 1])
 
 
