@@ -61,7 +61,7 @@ def test_rules_beside_the_papers():
 def test_the_papers_rule_has_the_papers_optimizer():
     for name, usual in (("table2", "muon"), ("table3", "muon"), ("table5", "muon"), ("table1", "adamw")):
         for one in TABLES[name].trainings:
-            assert one.at("small").optimizer == ("adamw" if one.method in ("paper", "tree") else usual)
+            assert one.at("small").optimizer == ("adamw" if one.method == "paper" else usual)
             assert one.at("paper").optimizer == "adamw"
         rate = 0.5
         assert {one.at("small", learning_rate=rate).learning_rate for one in TABLES[name].trainings} == {rate}

@@ -38,7 +38,7 @@ class Training:
         """The recipe with all its options; those given here go before what the scale says."""
         kind = RECIPES[self.recipe]
         preset = scale if kind.presets else "small"
-        own = BY_ADAMW if self.method in ("paper", "tree") and kind.of_preset(preset).optimizer == "muon" else {}
+        own = BY_ADAMW if self.method == "paper" and kind.of_preset(preset).optimizer == "muon" else {}
         chosen = {**SCALES[scale].get(self.recipe, {}), **own, **dict(self.options), **options}
         return kind.of_preset(preset, **chosen)
 
@@ -109,7 +109,7 @@ SCALES: Mapping[Scale, Mapping[str, Options]] = {
 """What recipes without presets are trained with; otherwise their own defaults."""
 
 BY_ADAMW: Options = {"optimizer": "adamw", "learning_rate": 1e-3}
-"""The paper's optimizer, where the others have Muon, for its rule, which hardly learns by that, and for `tree`."""
+"""The paper's optimizer for its rule, which hardly learns by Muon, where the others have that."""
 
 BLOCKS = (7, 3, 2, 1)
 
