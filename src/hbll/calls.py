@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -100,14 +101,25 @@ def picked(context: Context, taken: frozenset[str] | None) -> dict[str, Any]:
 
 def takes(module: nn.Module) -> frozenset[str] | None:
     """The keywords that a module's forward names; None if it takes any."""
+    forward = module.function if isinstance(module, Part) else module.forward
+    method = getattr(forward, "__func__", None)
+    return _keywords(forward, 1) if method is None else _keywords_of_method(method)
+
+
+@cache  # asked for with every token that is generated; of methods, for they are as many as classes
+def _keywords_of_method(method: Callable[..., Any]) -> frozenset[str] | None:
+    return _keywords(method, 2)
+
+
+def _keywords(function: Callable[..., Any], first: int) -> frozenset[str] | None:
+    """The keywords that a function names after so many arguments; None if it takes any."""
     try:
-        parameters = inspect.signature(module.function if isinstance(module, Part) else module.forward).parameters
+        parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # a built-in function, such as torch.tanh
         return frozenset()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    _state, *others = parameters.values()
-    return frozenset(other.name for other in others if other.kind is not other.VAR_POSITIONAL)
+    return frozenset(other.name for other in parameters[first:] if other.kind is not other.VAR_POSITIONAL)
 
 
 def check_tensor(name: str, output: object) -> None:
