@@ -11,6 +11,7 @@ a4cb712 with the gradients).
 """
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gate import gate
 
 from hbll.recipes import RECIPES, Recipe
 from hbll.train.compare import Comparison, MethodResult, compare
+from hbll.train.divergence import DivergedError
 from hbll.train.evaluate import measured
 from hbll.train.loop import Training
 from hbll.train.rates import best_rate, next_rate
@@ -46,9 +48,13 @@ def tuned_rate(recipe: Recipe, method: str, options: argparse.Namespace) -> floa
         tried = replace(recipe, learning_rate=rate, epochs=1)
         run = Run(recipe=tried, method=method, seed=0, folder=options.out)
         training = Training(run, whole[: options.tune_samples])
-        training.go_on()
-        chain = training.rule.readouts[:1]
-        accuracy[rate] = measured(training.rule, held_out, chain, tried.measures[:1])[0]["accuracy"]
+        training.save()  # from where a divergence is looked at
+        try:
+            training.go_on()
+            chain = training.rule.readouts[:1]
+            accuracy[rate] = measured(training.rule, held_out, chain, tried.measures[:1])[0]["accuracy"]
+        except DivergedError:
+            accuracy[rate] = math.nan
         if not due and (beyond := next_rate(accuracy)) is not None:
             due = [beyond]
     print(f"{method}: " + ", ".join(f"{100 * found:.1f} % at {rate:g}" for rate, found in accuracy.items()), flush=True)

@@ -162,7 +162,8 @@ def main() -> None:
 
     log = options.out / "table1.jsonl"
     keys = ("seed", "layers", "width", "method")
-    budget = {"schedule": options.schedule, "epochs": options.epochs}
+    words = ("schedule", "epochs", "written_out", "look")
+    budget = {word: getattr(options, word) for word in words}
     jobs = [
         dict(zip(keys, job, strict=True)) | budget
         for job in itertools.product(options.seeds, options.layers, options.widths, options.methods)

@@ -158,7 +158,7 @@ def test_a_run_of_another_schedule_or_length_is_no_run_of_table_1(tmp_path, monk
 
     def line(**job):
         fixed = {"seed": 0, "layers": 2, "width": 5, "method": "bp", "schedule": "constant", "epochs": 3, "epoch": 3}
-        return fixed | {"chain": 0.9} | job
+        return fixed | {"written_out": False, "look": 0, "chain": 0.9} | job
 
     class Pool:
         """In place of processes."""

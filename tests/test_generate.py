@@ -172,6 +172,7 @@ def test_without_an_end_to_temperature_all_that_may_be_drawn_is_alike():
     logits = torch.tensor([[2.0, 5.0, -1.0, 3.0]])
     assert probabilities(logits, torch.inf).tolist() == [[0.25] * 4]
     assert probabilities(logits, torch.inf, 2).tolist() == [[0, 0.5, 0, 0.5]]
+    assert probabilities(torch.tensor([[1.0, -torch.inf]]), torch.inf).tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-38, 1e-40, 1e-300, 5e-324])

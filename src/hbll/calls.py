@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -106,7 +106,7 @@ def takes(module: nn.Module) -> frozenset[str] | None:
     return _keywords(forward, 1) if method is None else _keywords_of_method(method)
 
 
-@cache  # asked for with every token that is generated; of methods, for they are as many as classes
+@lru_cache(maxsize=1024)  # asked for with every token that is generated; of classes there are few
 def _keywords_of_method(method: Callable[..., Any]) -> frozenset[str] | None:
     return _keywords(method, 2)
 
@@ -119,7 +119,8 @@ def _keywords(function: Callable[..., Any], first: int) -> frozenset[str] | None
         return frozenset()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    return frozenset(other.name for other in parameters[first:] if other.kind is not other.VAR_POSITIONAL)
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return frozenset(p.name for p in (*by_place[first:], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)))
 
 
 def check_tensor(name: str, output: object) -> None:

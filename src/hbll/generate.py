@@ -112,7 +112,7 @@ def generate(
     def odds(logits: Tensor) -> Tensor:
         return probabilities(logits, temperature, top_k)
 
-    # Where all of a distribution is on one token there is nothing to draw, which would take as long as a block.
+    # At temperature 0 there is nothing to draw, which would take as long as a block.
     draw: Draw = likeliest if temperature == 0 else partial(torch.multinomial, num_samples=1, generator=generator)
     first, end = tokens.shape[1], tokens.shape[1] + max_new_tokens
     drafted = accepted = passes = 0
@@ -140,10 +140,9 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None) 
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits.float()
-    # Logits are taken from the largest one, and temperatures below float32's normal numbers are one of these: where both
-    # were divided as they are, the largest would be infinite.
-    least = torch.finfo(logits.dtype).tiny
-    scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, least)
+    # Beyond float32's normal numbers the largest logit, or one of minus infinity, would become none.
+    bounds = torch.finfo(logits.dtype)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, bounds.tiny), bounds.max)
     if top_k is not None and top_k < logits.shape[-1]:
         places = logits.topk(top_k).indices
         scaled = torch.full_like(scaled, -torch.inf).scatter(-1, places, scaled.gather(-1, places))

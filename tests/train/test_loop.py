@@ -122,6 +122,28 @@ def test_a_long_epoch_is_saved_on_the_way(tmp_path, monkeypatch, method, step):
     assert outcome(killed) == outcome(whole)
 
 
+def test_short_epochs_are_saved_at_their_ends_alone_and_longer_ones_every_so_often(tmp_path, monkeypatch):
+    seconds, saved = [0.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(loop, "SAVE_EVERY", 600.0)
+    save = checkpoint.save
+
+    def noted(file, state):
+        saved.append((state["epoch"], state["position"]))
+        save(file, state)
+
+    monkeypatch.setattr(checkpoint, "save", noted)
+    for a_step, expected in ((149.0, []), (250.0, [2]), (400.0, [1, 3])):
+        saved.clear()
+
+        def on_step(done, steps, a_step=a_step):
+            seconds[0] += a_step
+
+        train(run_in(tmp_path / str(a_step)), on_step=on_step)
+        ends = [(epoch, 0) for epoch in range(4)]
+        assert saved == sorted([*ends, *((epoch, position) for epoch in range(3) for position in expected)])
+
+
 def test_batches_that_accumulate_are_a_step_on_all_of_them(tmp_path):
     recipe = replace(SMALL, optimizer="adamw", epochs=1, train_samples=256)
     whole, parts = (

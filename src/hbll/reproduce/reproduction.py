@@ -397,7 +397,7 @@ def _page(reproduction: Reproduction, results: Results, diverged: Collection[str
 def _searched(reproduction: Reproduction) -> str:
     """How learning rates were chosen."""
     if len(reproduction.rates) < 2:
-        return "All rules have the same optimizer and learning rate, whether it suits them or not."
+        return "Learning rates were not searched, whether they suit a rule or not; the runs are below with theirs."
     rates = ", ".join(f"{rate:g}" for rate in reproduction.rates)
     recipe = reproduction.recipe(reproduction.trainings[0], reproduction.rates[0])
     images = recipe.validation_samples if isinstance(recipe, ImageRecipe) else None

@@ -103,13 +103,13 @@ class LateHead(nn.Module):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.head = copy.deepcopy(head)
-        linear = self.linear
-        if type(linear.weight) is not nn.Parameter:
+        if type(last_linear(head).weight) is not nn.Parameter:
             raise ValueError(
                 "readout='solo' reads a weight that is there and computed from no other; the head's last linear layer is "
                 "lazy or parametrized: take 'spine' or 'head'"
             )
+        self.head = copy.deepcopy(head)
+        linear = self.linear
         self.temperature = nn.Parameter(torch.ones_like(linear.weight[0, 0]))
         for name, parameter in list(linear.named_parameters(recurse=False)):
             delattr(linear, name)

@@ -112,7 +112,7 @@ class ScanStates(States):
         return states, clock
 
     def _consistent(self, cut: Cut, batch: Batch, start: Tensor, states: Tensor, clock: int, step: Step) -> StageLoss:
-        """The loss by which stages learn to be near their states, (S, B, ...), after one sweep from a cold start: the mean
+        """The loss by which stages learn to be near their states, (S, B, ...), after one sweep from a start: the mean
         over stages of ||one sweep's state - state|| / ||state||, times its weight."""
         inputs = _inputs(batch, start, cut)
         outputs = cut.outputs(cut.nodes, inputs.unbind(0), [batch] * cut.last)

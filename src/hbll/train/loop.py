@@ -95,6 +95,7 @@ def train(
                 training.save_best()
             metrics.append(run.metrics_file, line)
             training.save()
+            saved = time.monotonic()
             on_epoch(line)
         if run.model_folder.exists():  # of a run that several processes began
             training.rule.network.save(run.model_folder)

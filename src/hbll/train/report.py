@@ -21,12 +21,10 @@ BACKPROPAGATION = ("bp", "bptt", "bptt-fused")
 
 def write_report(folder: Path) -> Path:
     """Writes `report.html` into the folder of a run or a comparison; ValueError when it is neither, or has no epoch."""
-    if (folder / TABLE).exists():
-        page = folder / "report.html"
-        raise ValueError(f"{folder} is the folder of a table, whose page is {page}: name one of its runs")
-    page = _comparison_page(folder) if (folder / COMPARISON).exists() else _run_page(folder)
     file = folder / "report.html"
-    write_atomically(file, page)
+    if (folder / TABLE).exists():
+        raise ValueError(f"{folder} is the folder of a table, whose page is {file}: name one of its runs")
+    write_atomically(file, _comparison_page(folder) if (folder / COMPARISON).exists() else _run_page(folder))
     return file
 
 
