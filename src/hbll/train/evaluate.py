@@ -35,10 +35,10 @@ embed and head among it, and the `milliseconds` for a sample, in batches of `BAT
 
 ExitResult: TypeAlias = dict[str, Any]
 """What leaving early came to on the samples that were not calibrated on: `exits`, the readouts to leave at (`stages` or
-`rim`); `loss`, of accuracy, that was to be borne; the `threshold` of the confidence, None if leaving early would cost more
-than the chain or lose too much, so that all samples go straight to it; `accuracy`, and `full_accuracy` at the last readout;
-`blocks` for a sample on average, and `full_blocks` of the chain; by name the `shares` of the samples that left at each
-readout."""
+`rim`); `loss`, of accuracy, that was to be borne; the `threshold` of the confidence, None if leaving early would cost as
+much as the chain or lose too much, so that all samples go straight to it; `accuracy`, and `full_accuracy` at the last
+readout; `blocks` for a sample on average, and `full_blocks` of the chain; by name the `shares` of the samples that left at
+each readout."""
 
 
 def load_rule(run: Run, best: bool = False) -> Rule:

@@ -76,15 +76,12 @@ def train(
                 write_atomically(run.vocabulary_file, vocabulary.json())
             training.save()
         run.write_configuration(device(), training.engine)
-        saved = time.monotonic()
 
         def before_step(done: int) -> None:
-            nonlocal saved
             on_step(done, run.recipe.epochs * training.steps_per_epoch)
             stopping = interrupted()
-            if stopping or time.monotonic() - saved > SAVE_EVERY:
+            if stopping or time.monotonic() - training.saved_at > SAVE_EVERY:
                 training.save()
-                saved = time.monotonic()
             if stopping:
                 raise Interrupted
 
@@ -95,7 +92,6 @@ def train(
                 training.save_best()
             metrics.append(run.metrics_file, line)
             training.save()
-            saved = time.monotonic()
             on_epoch(line)
         if run.model_folder.exists():  # of a run that several processes began
             training.rule.network.save(run.model_folder)
@@ -172,6 +168,7 @@ class Training:
             self.rule, optimizers, precision=recipe.precision, clip=recipe.gradient_clip, schedule=schedules
         )
         self.epoch = 0
+        self.saved_at = time.monotonic()
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -249,6 +246,7 @@ class Training:
             "sums": vars(self.sums),
         }
         checkpoint.save(self.run.checkpoint_file, state)
+        self.saved_at = time.monotonic()
 
     def save_best(self) -> None:
         """Keeps the present weights as the best by the validation samples."""
