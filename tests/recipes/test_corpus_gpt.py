@@ -9,6 +9,7 @@ from hbll.recipes import RECIPES
 from hbll.train import metrics
 from hbll.train.evaluate import evaluate_run, load_rule
 from hbll.train.loop import train
+from hbll.train.parallel import Task
 from hbll.train.run import Run
 
 NOVELS, WIKITEXT = RECIPES["novels-gpt"], RECIPES["wikitext-gpt"]
@@ -51,8 +52,15 @@ def test_other_tokens_than_those_of_the_run_are_refused(small_data, tmp_path):
     train(run)
     file = small_data / "wikitext-2" / "wiki.train.tokens"
     file.write_text(file.read_text().replace("fox", "cat"))
-    with pytest.raises(ValueError, match=r"tokens of the data are not those of .*vocabulary\.json"):
-        evaluate_run(run.folder)
+    metrics_before = run.metrics_file.read_text()
+    for use in (
+        lambda: evaluate_run(run.folder),
+        lambda: train(run, resume=True),
+        lambda: Task.of(run, recipe.splits(small_data), resume=True),
+    ):
+        with pytest.raises(ValueError, match=r"tokens of the data are not those of .*vocabulary\.json"):
+            use()
+    assert run.metrics_file.read_text() == metrics_before
 
 
 @pytest.mark.parametrize("tokens", ["words", "characters"])

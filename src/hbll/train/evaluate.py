@@ -11,7 +11,6 @@ from torch.utils.benchmark import Timer
 
 from hbll.calls import Readout
 from hbll.data import Samples
-from hbll.data.vocabulary import load_vocabulary
 from hbll.exits import calibrate, classify, confidence, costs, first_exits, logits_at, outputs_at
 from hbll.losses import IGNORED
 from hbll.modes import evaluating
@@ -20,7 +19,7 @@ from hbll.recipes import Measure
 from hbll.rule import Rule
 from hbll.train import checkpoint
 from hbll.train.device import device
-from hbll.train.run import Run, open_run
+from hbll.train.run import Run, check_vocabulary, open_run
 
 TIMED_SECONDS = 0.1
 """For which a readout is evaluated again and again to see how long it takes."""
@@ -85,7 +84,7 @@ def evaluate_run(
     rule = load_rule(run, best).to(device())
     data_dir = data_dir or run.data_dir
     test = recipe.splits(data_dir).test.to(device())
-    check_vocabulary(run, data_dir)
+    check_vocabulary(run, recipe.vocabulary(data_dir))
     rule.build(test.inputs[:1])
     usual = {readout.name: readout for readout in recipe.readouts(rule)}
     asked = [usual[name] if name in usual else recipe.other_readout(rule, name) for name in names]
@@ -166,16 +165,6 @@ def _leaving(
 
 def _share(which: Tensor) -> float:
     return which.double().mean().item()
-
-
-def check_vocabulary(run: Run, data_dir: FilePath | None) -> None:
-    """ValueError if the data are in other tokens than those that a run was trained on."""
-    vocabulary = run.recipe.vocabulary(data_dir)
-    if vocabulary is not None and vocabulary != load_vocabulary(run.vocabulary_file):
-        raise ValueError(
-            f"the tokens of the data are not those of {run.vocabulary_file}, which its network was trained on: name the "
-            "folder with the same data by --data-dir"
-        )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from hbll.train.hold import held
 from hbll.train.interrupt import deferred_interrupt
 from hbll.train.metrics import Metrics
 from hbll.train.optimizers import make_optimizers
-from hbll.train.run import Run, check_folder
+from hbll.train.run import Run, check_folder, check_vocabulary
 from hbll.train.schedule import scheduler
 from hbll.train.start import first_network, start_weights
 
@@ -70,6 +70,7 @@ def train(
     with held(run.folder), deferred_interrupt() as interrupted:
         check_folder(run, resume)  # again: another process may have come first
         if resume:
+            check_vocabulary(run, vocabulary)
             metrics.cut(run.metrics_file, *training.restore())
         else:
             if vocabulary is not None:

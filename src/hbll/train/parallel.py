@@ -41,7 +41,7 @@ from hbll.train.interrupt import deferred_interrupt
 from hbll.train.loop import Sums, is_best, optimizers_of
 from hbll.train.metrics import Metrics
 from hbll.train.planning import balanced_stages, check_balanced
-from hbll.train.run import Parallel, Run, check_folder
+from hbll.train.run import Parallel, Run, check_folder, check_vocabulary
 from hbll.train.schedule import scheduler
 from hbll.train.start import first_network, start_weights
 from hbll.train.waiting import LostError
@@ -160,6 +160,8 @@ class Task:
         example = splits.train[: run.recipe.batch_size].inputs.cpu()
         valid = Extent.of(splits.valid) if splits.valid else None
         steps = Feed(run, splits.train).steps_per_epoch
+        if resume:
+            check_vocabulary(run, run.recipe.vocabulary(run.data_dir))
         weights = None if resume else start_weights(run)
         return cls(run.identity, steps, example, Extent.of(splits.test), valid, weights)
 

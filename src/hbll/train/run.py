@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from hbll.data.vocabulary import Vocabulary, load_vocabulary
 from hbll.files import file_sum, sealed, unsealed, write_atomically
 from hbll.recipes import RECIPES, Recipe, flag
 from hbll.train import checkpoint
@@ -257,6 +258,15 @@ def check_same(stored: Run, wanted: Run) -> None:
                 f"{stored.folder} was trained with {flag(option)} {before[option]}, not {value}: "
                 "a run is resumed as it was begun; start another with another --run-dir"
             )
+
+
+def check_vocabulary(run: Run, vocabulary: Vocabulary | None) -> None:
+    """ValueError if a run's network was trained on other tokens than these, those of the data at hand."""
+    if vocabulary is not None and vocabulary != load_vocabulary(run.vocabulary_file):
+        raise ValueError(
+            f"the tokens of the data are not those of {run.vocabulary_file}, which its network was trained on: name the "
+            "folder with the same data by --data-dir"
+        )
 
 
 def check_folder(run: Run, resume: bool) -> None:
