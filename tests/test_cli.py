@@ -312,6 +312,11 @@ def test_what_is_no_path_is_told(hbll, trained, path, said):
     assert err.count("\n") == 1
 
 
+def test_evaluate_shows_a_bar_while_a_person_is_looking(hbll, trained, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # by which rich takes anything for a terminal
+    assert "1/1" in hbll("evaluate", trained)[2]
+
+
 def test_evaluate_shows_every_readout_with_its_cost_and_a_plot(hbll, trained):
     code, out, _ = hbll("evaluate", trained, "--paths", "all")
     lines = out.splitlines()

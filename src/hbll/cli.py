@@ -352,8 +352,8 @@ def _run_of(options: Any, folder: Path) -> "Run":
 def evaluate(arguments: Sequence[str]) -> None:
     """RUN [OPTIONS]         measure a run's network along paths of its tree"""
     from hbll.files import write_atomically
-    from hbll.train.console import show_exits, show_paths
-    from hbll.train.evaluate import evaluate_exits, evaluate_run
+    from hbll.train.console import evaluate_shown, show_exits, show_paths
+    from hbll.train.evaluate import evaluate_exits
     from hbll.train.run import open_run
 
     options = _parse(EvaluateOptions, arguments, "hbll evaluate")
@@ -367,7 +367,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         else:
             show_exits(found)
         return
-    paths = evaluate_run(options.run, names, options.data_dir, every=every, best=options.best)
+    paths = evaluate_shown(options.run, names, options.data_dir, every=every, best=options.best)
     measures = open_run(options.run).recipe.measures
     plot = options.run / "paths.svg"
     if every:

@@ -50,6 +50,14 @@ def test_accuracy_is_the_share_of_correct_guesses_along_each_path(shifting):
     ]
 
 
+def test_what_is_done_is_told_after_each_batch(shifting):
+    inputs = torch.eye(10).repeat(250, 1)
+    told = []
+    samples = Samples(inputs, inputs.argmax(-1))
+    measured(shifting, samples, along((1,)), [ACCURACY], on_batch=lambda *count: told.append(count))
+    assert told == [(1, 3), (2, 3), (3, 3)]  # of 1,000 samples at most
+
+
 def test_every_label_of_a_sequence_counts_in_every_measure(shifting):
     inputs = torch.eye(10).repeat(30, 1).view(60, 5, 10)
     labels = (inputs.argmax(-1) + 2) % 10

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,7 +13,7 @@ from hbll.generate import Generation
 from hbll.recipes import Measure
 from hbll.train import metrics
 from hbll.train.compare import Comparison, MethodResult, compare
-from hbll.train.evaluate import ExitResult, PathResult
+from hbll.train.evaluate import ExitResult, PathResult, evaluate_run
 from hbll.train.loop import Interrupted, train
 from hbll.train.metrics import Metrics
 from hbll.train.run import Run
@@ -70,6 +71,17 @@ def compare_shown(comparison: Comparison, *, resume: bool) -> list[MethodResult]
         except KeyboardInterrupt:  # between two runs as well as within one
             advice = _how_to_resume("compare", comparison.recipe.name, comparison.folder)
             raise KeyboardInterrupt(advice) from None
+
+
+def evaluate_shown(folder: Path, *arguments: Any, **options: Any) -> list[PathResult]:
+    """`evaluate_run`, with a bar."""
+    with progress_bars() as progress:
+        bar = progress.add_task(folder.name, total=None)
+
+        def on_batch(done: int, batches: int) -> None:
+            progress.update(bar, completed=done, total=batches)
+
+        return evaluate_run(folder, *arguments, **options, on_batch=on_batch)
 
 
 def show_results(results: Iterable[MethodResult], measures: Sequence[Measure], page: Path) -> None:

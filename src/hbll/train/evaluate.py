@@ -27,6 +27,9 @@ TIMED_SECONDS = 0.1
 BATCH_SIZE = 1000
 """Labels predicted at once, of one sample at least: bounds the memory, changes no result."""
 
+OnBatch: TypeAlias = Callable[[int, int], None]
+"""Is told how many batches are done, and how many there are."""
+
 PathResult: TypeAlias = dict[str, Any]
 """What a path came to: its name as `path`, the `blocks` that it evaluates, and every measure of the recipe under the
 measure's own name, None where it is not finite. If asked for, what it costs: the `parameters` of all that it evaluates,
@@ -66,6 +69,7 @@ def evaluate_run(
     *,
     every: bool = False,
     best: bool = False,
+    on_batch: OnBatch = lambda done, batches: None,
 ) -> list[PathResult]:
     """A run's network measured on the test samples along the paths of those names, or the usual ones.
 
@@ -75,6 +79,7 @@ def evaluate_run(
         data_dir: of the data set; None: the run's own.
         every: the readouts of all stages instead, and a path of each number of blocks, with what they cost.
         best: as of `load_rule`.
+        on_batch: as of `measured`.
 
     Raises:
         ValueError: `folder` holds no run, a name is no path, or the data are missing or in other tokens than the run's.
@@ -90,9 +95,9 @@ def evaluate_run(
     asked = [usual[name] if name in usual else recipe.other_readout(rule, name) for name in names]
     if not every:
         readouts = {readout.name: readout for readout in asked} or usual
-        return measured(rule, test, list(readouts.values()), recipe.measures)
+        return measured(rule, test, list(readouts.values()), recipe.measures, on_batch)
     readouts = recipe.all_readouts(rule)
-    results = measured(rule, test, readouts, recipe.measures)
+    results = measured(rule, test, readouts, recipe.measures, on_batch)
     with evaluating(rule):
         costs = [_cost(rule.network, test.inputs[: _batch_size(test)], readout) for readout in readouts]
     return [result | cost for result, cost in zip(results, costs, strict=True)]
@@ -169,17 +174,31 @@ def _share(which: Tensor) -> float:
 
 @torch.no_grad()
 def measured(
-    rule: Rule, samples: Samples, readouts: Sequence[Readout], measures: Sequence[Measure]
+    rule: Rule,
+    samples: Samples,
+    readouts: Sequence[Readout],
+    measures: Sequence[Measure],
+    on_batch: OnBatch = lambda done, batches: None,
 ) -> list[PathResult]:
-    """The measures of the rule's network on the samples along each of the readouts."""
+    """The measures of the rule's network on the samples along each of the readouts.
+
+    Args:
+        rule: with the network.
+        samples: to measure on.
+        readouts: of its network.
+        measures: of each of them.
+        on_batch: called after each batch of samples with the number of batches done and that of all.
+    """
     size = _batch_size(samples)
-    batches = zip(samples.inputs.split(size), samples.labels.split(size), strict=True)
+    batches = list(zip(samples.inputs.split(size), samples.labels.split(size), strict=True))
+
+    def values() -> Iterator[Tensor]:
+        for done, (inputs, labels) in enumerate(batches, 1):
+            yield torch.stack([_sums(logits, labels, measures) for logits in _scores(rule.network, inputs, readouts)])
+            on_batch(done, len(batches))
+
     with evaluating(rule):
-        values = (
-            torch.stack([_sums(logits, labels, measures) for logits in _scores(rule.network, inputs, readouts)])
-            for inputs, labels in batches
-        )
-        sums = _added(values, len(readouts), len(measures))
+        sums = _added(values(), len(readouts), len(measures))
     units = units_of(samples)
     return [
         {"path": readout.name, "blocks": readout.blocks, **means(row, measures, units)}
