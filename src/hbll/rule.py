@@ -11,7 +11,7 @@ Each loss belongs to a stage and is walked back, its gradients taken and its gra
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, final
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from hbll.calls import Context, Readout, refuse_in_place
 from hbll.carry import Carry, map_tensors, own_copy
@@ -68,6 +69,10 @@ class StageLoss:
     def times(self, counted: Tensor | None) -> "StageLoss":
         """The same where ``counted`` is 1 or None, and a loss without effect where it is 0; see ``hbll.losses.counts``."""
         return self if counted is None else replace(self, value=self.value * counted)
+
+    def scaled(self, scale: Tensor | float) -> "StageLoss":
+        """The same with its gradients multiplied; those that were gathered have been when they were found."""
+        return self if self.gathered else replace(self, value=self.value * scale)
 
     @property
     def stages(self) -> tuple[int | str, ...]:
@@ -325,7 +330,7 @@ class Rule(nn.Module, ABC):
 
     @final
     @torch._disable_dynamo
-    def forward(self, x: Any, y: Any) -> Step:
+    def forward(self, x: Any, y: Any, scale: Tensor | float = 1.0) -> Step:
         """One training step up to the loss, which has the gradients of the whole step attached.
 
         Without gradients (``torch.no_grad()``) the loss alone, and nothing is kept of the step; in evaluation mode nothing
@@ -333,9 +338,12 @@ class Rule(nn.Module, ABC):
 
         Args:
             x, y: a batch, as for ``losses``.
+            scale: what gradients are multiplied by while they are found, and divided by afterwards: that of a GradScaler,
+                which comes to the loss too late for gradients in float16.
 
         Raises:
-            ValueError: a block returns no state, or a label is outside the classes.
+            ValueError: a block returns no state, or a label is outside the classes; or the inputs have a graph whose
+                gradient comes in a later step.
         """
         if torch.is_inference_mode_enabled():
             raise ValueError("a rule finds gradients even where only its loss is wanted: take torch.no_grad() instead")
@@ -350,13 +358,22 @@ class Rule(nn.Module, ABC):
                 "DistributedDataParallel(rule, find_unused_parameters=True) in its place",
                 stacklevel=2,
             )
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        if _narrow(x) and isinstance(scale, float) and scale == 1.0:
+            warnings.warn(
+                "by float16 autocast small gradients vanish before a GradScaler's factor is there: call rule(x, y, "
+                "scale=scaler.get_scale()), or take bfloat16",
+                stacklevel=2,
+            )
+        x, inputs = _leaves(x)
+        wanted = [*(p for p in self.parameters() if p.requires_grad), *inputs]
         gradients: dict[Tensor, Tensor] = {}
 
         def walk(loss: StageLoss) -> None:
-            _add(gradients, _gradients(loss, parameters))
+            _add(gradients, _gradients(loss.scaled(scale), wanted))
 
-        step = self._taken(x, y, walk, Step())
+        step = self._taken(x, y, walk, Step(scale=scale))
+        gradients = {inputs.get(tensor, tensor): step.unscaled(gradient) for tensor, gradient in gradients.items()}
+        self._check_inputs(inputs.values(), gradients)
         if not gradients:  # while a pipeline fills a step may move nothing; its loss can be walked back all the same
             gradients[step.loss.new_zeros(()).requires_grad_()] = step.loss.new_zeros(())
         step.loss = attach_gradients(step.loss, list(gradients), list(gradients.values()))
@@ -385,7 +402,20 @@ class Rule(nn.Module, ABC):
                 "DistributedDataParallel(rule, find_unused_parameters=True), and call that"
             )
 
-        return self._taken(x, y, _into_grad(scale), Step(scale=scale))
+        x, inputs = _leaves(x)
+        step = self._taken(x, y, _into_grad(scale), Step(scale=scale))
+        found = {tensor: leaf.grad for leaf, tensor in inputs.items() if leaf.grad is not None}
+        self._check_inputs(inputs.values(), found)
+        torch.autograd.backward(list(found), list(found.values()))
+        return step
+
+    def _check_inputs(self, inputs: Collection[Tensor], found: Collection[Tensor]) -> None:
+        """Raises ValueError if inputs want a gradient, and this step has found none."""
+        if inputs and not any(tensor in found for tensor in inputs):
+            raise ValueError(
+                f"the input requires gradients, and by {type(self).__name__} those of a batch come in later steps: make what "
+                "computes the input part of the embed, or hand over x.detach()"
+            )
 
     @final
     def stage_backward(
@@ -577,10 +607,32 @@ def _into_grad(scale: Tensor | float) -> Callable[[StageLoss], None]:
     """Walks losses back into ``.grad``, their gradients multiplied by ``scale``."""
 
     def walk(loss: StageLoss) -> None:
-        if loss.value.requires_grad:  # what was gathered has been scaled when it was
-            (loss.value if loss.gathered else loss.value * scale).backward()
+        if loss.value.requires_grad:
+            loss.scaled(scale).value.backward()
 
     return walk
+
+
+def _leaves(x: Any) -> tuple[Any, dict[Tensor, Tensor]]:
+    """A batch of inputs as leaves of its own graph, each with the tensor in its place, of those that require gradients."""
+    origins: dict[Tensor, Tensor] = {}
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            origin, tensor = tensor, tensor.detach().requires_grad_()
+            origins[tensor] = origin
+        return tensor
+
+    cut = map_tensors(leaf, x)
+    return (cut, origins) if origins else (x, origins)
+
+
+def _narrow(x: Any) -> bool:
+    """Whether a batch is evaluated in float16, by autocast."""
+    devices = {leaf.device.type for leaf in tree_leaves(x) if isinstance(leaf, Tensor)}
+    return any(
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16 for device in devices
+    )
 
 
 def unowned(network: Chain) -> list[str]:

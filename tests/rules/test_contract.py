@@ -85,6 +85,8 @@ class Contract:
         tokens: whether every token may have a label.
         shares: whether two stages may train one weight.
         in_flight: whether a step works on other batches than the one that comes in.
+        input_waits: whether the gradient of an input comes in a later step.
+        labels_in_inputs: whether labels take the place of entries of the input.
         late_reach: of a late rule, which no audit can look at, what each loss moves.
     """
 
@@ -93,6 +95,8 @@ class Contract:
     tokens = True
     shares = True
     in_flight = False
+    input_waits = False
+    labels_in_inputs = False
     late_reach: dict = {}  # noqa: RUF012
 
     def make_rule(self, network, **options):
@@ -124,6 +128,33 @@ class Contract:
             rule = self.make_rule(network)
             assert_equal_gradients(gradients(rule, rule(x, y).loss), expected)
 
+    def test_what_computes_the_input_learns_as_if_it_were_in_the_embed(self):
+        torch.manual_seed(3)
+        encoder = nn.Linear(INPUTS, INPUTS, dtype=torch.float64)
+        network = residual(6)[0]
+        inside = self.made(Chain(nn.Sequential(encoder, network.embed), network.blocks, network.head))
+        encoder, outside = copy.deepcopy(encoder), self.made(copy.deepcopy(network))
+        ways = ("forward", "backward")
+        if self.input_waits:
+            for way in ways:
+                with pytest.raises(
+                    ValueError, match="those of a batch come in later steps: make what computes the input"
+                ):
+                    for x, y in batches(2):
+                        step_gradients(outside, encoder(x), y, way)
+            return
+        for seed, (x, y) in enumerate(batches(FILL)):
+            expected = step_gradients(inside, x, y, seed=seed)[1]
+            encoder.zero_grad()
+            found = step_gradients(outside, encoder(x), y, ways[seed % 2], seed)[1]
+            if not self.labels_in_inputs:  # which would be others
+                assert_close(
+                    {n: p.grad for n, p in encoder.named_parameters()},
+                    {n: expected[f"network.embed.0.{n}"] for n, _ in encoder.named_parameters()},
+                )
+            assert encoder.weight.grad.any()
+            assert any(g.any() for g in found.values())
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_forward_equals_backward(self, kind):
         if kind == "transformer" and not self.tokens:
@@ -151,6 +182,11 @@ class Contract:
         (1024 * rule(x, y).loss).backward()
         assert_equal_gradients({n: p.grad / 1024 for n, p in rule.named_parameters() if p.grad is not None}, expected)
         for scale in (3.0, torch.tensor(5.0, dtype=torch.float64)):
+            found_so = copy.deepcopy(twin)  # multiplied while gradients are found, and divided again
+            torch.manual_seed(0)
+            found_so.zero_grad()
+            found_so(x, y, scale).loss.backward()
+            assert_equal_gradients({n: p.grad for n, p in found_so.named_parameters() if p.grad is not None}, expected)
             fresh = copy.deepcopy(twin)
             torch.manual_seed(0)
             fresh.backward(x, y, scale=scale)
@@ -615,7 +651,7 @@ class TestTree(ByTree):
 class TestScan(Contract):
     name = "scan"
     options = {"stage": (2, 1, 2), "sweeps": 1, "credit_sweeps": 0}  # noqa: RUF012  (so that batches wait)
-    in_flight = True
+    in_flight = input_waits = True
 
 
 class TestScanFromATree(Contract):
@@ -651,7 +687,7 @@ class TestSolo(Contract):
 
 class TestPipeline(Contract):
     name = "pipeline"
-    in_flight = True
+    in_flight = input_waits = True
     # A stage learns by itself, and the head by the label.
     late_reach = {  # noqa: RUF012
         "embed": {"embed"},
@@ -669,7 +705,7 @@ class TestPipeline(Contract):
 class TestTwoBufferedWeights(Contract):
     name = "2bw"
     options = {}  # noqa: RUF012
-    in_flight = True
+    in_flight = input_waits = True
     late_reach = {1: {"embed", *(f"block {n}" for n in range(1, 6)), "head"}}  # noqa: RUF012
 
 
@@ -709,6 +745,7 @@ class TestPredSim(Contract):
 class TestForwardForward(Contract):
     name = "ff"
     tokens = shares = False
+    labels_in_inputs = True
 
 
 class TestContrastiveForwardForward(Contract):

@@ -129,6 +129,28 @@ def test_float16_scales_gradients_and_takes_the_scale_out_before_they_are_clippe
     assert_same(weights(ours), weights(theirs))
 
 
+def test_in_float16_a_loss_takes_the_scale_by_which_small_gradients_do_not_vanish():
+    torch.manual_seed(0)
+    network = hbll.Chain(nn.Linear(8, 16), [nn.Linear(16, 16) for _ in range(2)], nn.Linear(16, 10))
+    x, y = torch.randn(64, 8), torch.randint(10, (64,))
+    small = 1e-5  # as many tokens and words make gradients
+    rule = hbll.make_rule("bp", network, loss=lambda z, y: small * nn.functional.cross_entropy(z, y, reduction="none"))
+
+    def error(**options):
+        """Of the first weights' gradient, as a share of it."""
+        rule.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            step = rule(x, y, **options)
+        step.loss.backward()
+        return ((network.embed.weight.grad - exact).norm() / exact.norm()).item()
+
+    rule(x, y).loss.backward()
+    exact = network.embed.weight.grad.clone()
+    with pytest.warns(UserWarning, match=r"small gradients vanish .*: call rule\(x, y, scale=scaler.get_scale\(\)\)"):
+        assert error() > 0.1
+    assert error(scale=65536.0) < 0.01
+
+
 def test_a_step_whose_scaled_gradients_overflow_is_left_out_for_all_optimizers():
     rule = rule_of("bp", dtype=torch.float32)
     ((x, y),) = batches(1, dtype=torch.float32)

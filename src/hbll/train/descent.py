@@ -183,7 +183,8 @@ class Descent:
             with lowered(self.precision, self.device):
                 return self.rule.backward(x, y, scale)
         with lowered(self.precision, self.device):
-            step = self.wrapped(x, y)
+            # The wrapper walks back later, and in float16 gradients would have vanished by then.
+            step = self.wrapped(x, y, scale) if self.scaler.is_enabled() else self.wrapped(x, y)
         (step.loss * scale).backward()
         return step
 
