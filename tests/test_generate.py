@@ -236,9 +236,15 @@ def test_what_cannot_be_is_one_sentence(options, sentence):
         generate(language_model(), **arguments)
 
 
+class TakesAnything(nn.Module):
+    def forward(self, state, **kwargs):
+        return state.cumsum(1)  # of the tokens before, which it would not have
+
+
 def test_networks_that_cannot_go_on_with_a_sequence_are_told():
     tokens, block, head = prompt(), GPTBlock(8, 2), nn.Linear(8, 11)
-    with pytest.raises(ValueError, match="the embed, a Embedding, takes no start="):
+    with pytest.raises(ValueError, match="the embed, a Embedding, names no start="):
         hbll.Chain(nn.Embedding(11, 8), [block], head).generate(tokens, 3)
-    with pytest.raises(ValueError, match="block 2, a LayerNorm, takes no cache="):
-        hbll.Chain(GPTEmbed(11, 8, 8), [block, nn.LayerNorm(8)], head).generate(tokens, 3)
+    for other in (nn.LayerNorm(8), TakesAnything()):
+        with pytest.raises(ValueError, match=f"block 2, a {type(other).__name__}, names no cache="):
+            hbll.Chain(GPTEmbed(11, 8, 8), [block, other], head).generate(tokens, 3)

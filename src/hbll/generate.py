@@ -218,10 +218,9 @@ def _modules(network: Network, way: PathLike) -> list[nn.Module]:
         raise ValueError(f"{readout.name} reads whole inputs: tokens are generated along a path")
     blocks = {f"block {n}": network.blocks[n - 1] for n in readout.path}
     for name, module, keyword in [("the embed", network.embed, "start"), *((n, b, "cache") for n, b in blocks.items())]:
-        taken = takes(module)
-        if taken is not None and keyword not in taken:
+        if keyword not in (takes(module) or ()):  # by **kwargs it might be swallowed, and the tokens before forgotten
             raise ValueError(
-                f"{name}, a {type(module).__name__}, takes no {keyword}=, by which a network goes on with a sequence; "
+                f"{name}, a {type(module).__name__}, names no {keyword}=, by which a network goes on with a sequence; "
                 "hbll.models.gpt has blocks that do"
             )
     return [*blocks.values(), network.reader(readout)]

@@ -413,8 +413,8 @@ class Rule(nn.Module, ABC):
         """Raises ValueError if inputs want a gradient, and this step has found none."""
         if inputs and not any(tensor in found for tensor in inputs):
             raise ValueError(
-                f"the input requires gradients, and by {type(self).__name__} those of a batch come in later steps: make what "
-                "computes the input part of the embed, or hand over x.detach()"
+                f"the input requires gradients, and by {type(self).__name__} those of a batch come in later steps: make "
+                "what computes the input part of the embed, or hand over x.detach()"
             )
 
     @final

@@ -6,6 +6,7 @@ memory is in test_memory.py.
 
 import copy
 import pickle
+from contextlib import suppress
 
 import pytest
 import safetensors.torch
@@ -137,11 +138,12 @@ class Contract:
         ways = ("forward", "backward")
         if self.input_waits:
             for way in ways:
+                with suppress(ValueError):  # by scan the first batch does not wait
+                    step_gradients(outside, encoder(batches(1)[0][0]), batches(1)[0][1], way)
                 with pytest.raises(
                     ValueError, match="those of a batch come in later steps: make what computes the input"
                 ):
-                    for x, y in batches(2):
-                        step_gradients(outside, encoder(x), y, way)
+                    step_gradients(outside, encoder(batches(2)[1][0]), batches(2)[1][1], way)
             return
         for seed, (x, y) in enumerate(batches(FILL)):
             expected = step_gradients(inside, x, y, seed=seed)[1]
