@@ -377,6 +377,40 @@ def test_an_attribute_in_which_blocks_differ_is_named():
         torch.testing.assert_close(found[name], gradient)
 
 
+class Scaled(Dense):
+    """A block with a number that its user changes as the training goes on, and one that nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.note = 1.0, 0
+
+    def forward(self, state):
+        return self.scale * super().forward(state)
+
+
+@pytest.mark.parametrize("changed", ["one", "all"])
+def test_an_attribute_that_changes_after_it_was_recorded_is_noticed(changed):
+    net, x, y = network(Scaled)
+    rule, strict = make_rule("paper", net), make_rule("paper", net, engine="batched")
+    for each in (rule, strict):
+        stepped(each, x, y)
+    for block in net.blocks:
+        block.note = 1
+    assert rule(x, y).engine == "batched"
+    for block in net.blocks if changed == "all" else net.blocks[2:3]:
+        block.scale = 0.5
+    sentence = r"block \d: blocks\.0\.scale was 1\.0 and is 0\.5"
+    with pytest.warns(UserWarning, match=sentence):
+        step, found = stepped(rule, x, y)
+    with pytest.raises(ValueError, match=sentence):
+        strict(x, y)
+    assert rule(x, y).engine == "loop"
+    expected, gradients = stepped(make_rule("paper", net, engine="loop"), x, y)
+    torch.testing.assert_close(step.loss, expected.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_recorded_where_there_are_no_numbers(value):
     net, x, y = network(Dense)

@@ -8,7 +8,7 @@ width; gradients flow back into the blocks' own parameters. Both give the same n
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -97,8 +97,9 @@ class BatchedEngine(LoopEngine):
 
     The blocks' forward is vmapped over stacked parameters, recorded once per input shape as plain batched operations, and
     replayed from then on, because vmap and module calls cost more than the arithmetic of a small block. Plain attributes
-    of blocks (a dropout rate) are therefore read once. What else a recording would freeze, such as a number drawn by
-    NumPy, is found by comparing it with the blocks called one by one, and is not recorded.
+    that were read then (a dropout rate) are looked at before every replay: from when one changes blocks are called one by
+    one. What else a recording would freeze, such as a number drawn by NumPy, is found by comparing it with the blocks
+    called one by one, and is not recorded.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], names: Sequence[str], *, fall_back: bool) -> None:
@@ -112,6 +113,8 @@ class BatchedEngine(LoopEngine):
             self._kinds = architectures(blocks, attributes=False)
         self._modules = [list(block.modules()) for block in blocks]
         self._recorded: dict[tuple, Callable[..., Tensor]] = {}
+        self._read: dict[int, dict[str, tuple[dict[str, Any], str, Any]]] = {}
+        """By kind the plain attributes of its blocks that recordings have read: where each is, its name and its value."""
 
     @property
     def stackable(self) -> bool:
@@ -144,6 +147,7 @@ class BatchedEngine(LoopEngine):
         stacked = [torch.stack(same) for same in zip(*map(self._parameters, nodes), strict=True)]
         beside, form = _stacked_contexts(contexts)
         try:
+            self._check_read(self._kinds[nodes[0] - 1])
             function = self._function(nodes, stacked, inputs, beside, form)
         except ValueError as refusal:
             if not self._fall_back:
@@ -171,24 +175,38 @@ class BatchedEngine(LoopEngine):
         if recorded is None:
             names = [name for _, _, name in self._slots[first]]
             blocks = [self.blocks[n - 1] for n in nodes]
-            with self._told_apart(blocks) if self._differ else nullcontext():
-                recorded = record_batched(self.names[first], blocks, names, stacked, (inputs, *beside), form)
+            with _reads(blocks[0]) as read:
+                try:
+                    recorded = record_batched(self.names[first], blocks, names, stacked, (inputs, *beside), form)
+                finally:
+                    if self._differ and (difference := _difference(blocks, read)):
+                        raise ValueError(
+                            f"no two blocks can be stacked: {self.names[first]} and its like differ in {difference}, which "
+                            "their forward reads"
+                        )
+            self._note(self._kinds[first], read)
             while len(self._recorded) >= RECORDINGS:
                 del self._recorded[next(iter(self._recorded))]
         self._recorded[key] = recorded  # behind all others, which are dropped before it
         return recorded
 
-    @contextmanager
-    def _told_apart(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        """Raises ValueError if something is read inside of the first block in which the others differ."""
-        try:
-            with _reads(blocks[0]) as read:
-                yield
-        finally:
-            if difference := _difference(blocks, read):
+    def _note(self, kind: int, read: Iterable[tuple[str, str]]) -> None:
+        """Notes the plain attributes of all blocks of a kind that a recording has read of one."""
+        known = self._read.setdefault(kind, {})
+        for title, block, own in zip(self.names, self.blocks, self._kinds, strict=True):
+            for name, key in read if own == kind else ():
+                attributes = vars(block.get_submodule(name))
+                if key in attributes and key not in _TORCH_INTERNALS:
+                    known.setdefault(f"{title}: {name}.{key}", (attributes, key, attributes[key]))
+
+    def _check_read(self, kind: int) -> None:
+        """Raises ValueError if an attribute that was recorded has another value by now."""
+        for title, (attributes, key, value) in self._read.get(kind, {}).items():
+            now = attributes.get(key)
+            if now is not value and not _equal(now, value):
                 raise ValueError(
-                    f"no two blocks can be stacked: {self.names[self.blocks.index(blocks[0])]} and its like differ in "
-                    f"{difference}, which their forward reads"
+                    f"blocks of which an attribute changes cannot be evaluated in one recorded call ({title} was {value!r} "
+                    f"and is {now!r})"
                 )
 
 

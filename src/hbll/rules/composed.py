@@ -45,8 +45,7 @@ __all__ = [
 ]
 
 EngineChoice: TypeAlias = Literal["auto", "loop", "batched"]
-"""How blocks that could be evaluated at once are: one by one, or stacked in one call; auto takes the faster. Of stacked
-blocks plain attributes and hooks are read once, in the first step."""
+"""How blocks that could be evaluated at once are: one by one, or stacked in one call; auto takes the faster."""
 
 
 @dataclass(frozen=True)
