@@ -222,6 +222,8 @@ class Rule(nn.Module, ABC):
         self.loss = loss
         self.size = stage
         self._cut: tuple[list[object], tuple[Stage, ...]] | None = None
+        self._compiled: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        """The arguments with which all stages are compiled."""
         self.cut()  # what cannot be cut is said at once
         self._blocks = len(network.blocks)
         if isinstance(network, Chain) and (found := unowned(network)):
@@ -255,7 +257,12 @@ class Rule(nn.Module, ABC):
                     f"the network had {self._blocks} blocks when the rule was made and has {len(self.network.blocks)}: make "
                     "the rule anew"
                 )
-            self._cut = found, self.cut()
+            stages = self.cut()
+            if self._compiled is not None:
+                args, options = self._compiled
+                for stage in stages:
+                    stage.compile(*args, **options)
+            self._cut = found, stages
 
     def cut(self) -> tuple[Stage, ...]:
         """The network's stages."""
@@ -324,7 +331,9 @@ class Rule(nn.Module, ABC):
 
     @final
     def compile(self, *args: Any, **kwargs: Any) -> None:  # pyrefly: ignore[bad-override]
-        """Compiles the stages in place, as ``stage.compile`` does; a step itself is not compiled."""
+        """Compiles the stages in place, as ``stage.compile`` does, and so those that are made anew; a step itself is not
+        compiled."""
+        self._compiled = args, kwargs
         for stage in self.stages:
             stage.compile(*args, **kwargs)
 

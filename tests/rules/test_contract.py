@@ -340,14 +340,19 @@ class Contract:
             return lambda *args: called.append(1) or graph(*args)
 
         torch._dynamo.reset()  # of what other tests have compiled there is enough
-        for stage in twin.stages:
-            stage.compile(backend=backend)
+        twin.compile(backend=backend)
         for seed, (x, y) in enumerate(batches(4)):
             expected = step_gradients(rule, x, y, seed=seed)[1]
             step, found = step_gradients(twin, x, y, seed=seed)
         assert step.engine == "loop"
         assert len(called) >= 2 * len(twin.stages)
         assert_equal_gradients(found, expected)
+        called.clear()
+        twin.network.blocks[0].register_forward_hook(lambda *_: None)
+        step_gradients(twin, x, y)  # by stages made anew
+        assert called
+        for each in (twin, copy.deepcopy(twin)):
+            assert all(stage._compiled_call_impl is not None for stage in each.stages)
 
     def test_replaced_blocks_are_noticed(self):
         rule = self.make_rule(residual(6)[0])
