@@ -1,12 +1,13 @@
 """Whether modules train: their modes, and their parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["evaluating", "is_trained", "looking"]
+__all__ = ["batch_norms", "evaluating", "is_trained", "looking", "still_statistics"]
 
 
 @contextmanager
@@ -38,6 +39,24 @@ def looking(module: nn.Module) -> Iterator[None]:
             part.training = mode
         for buffer, value in kept.items():
             buffer.copy_(value)
+
+
+def batch_norms(module: nn.Module) -> tuple[_NormBase, ...]:
+    """The parts of a module that keep running statistics."""
+    return tuple(part for part in module.modules() if isinstance(part, _NormBase))
+
+
+@contextmanager
+def still_statistics(norms: Iterable[_NormBase]) -> Iterator[None]:
+    """Norms in training go by their batch as ever, but leave their running statistics as they are."""
+    tracking = [norm for norm in norms if norm.training and norm.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
 
 
 def is_trained(module: nn.Module) -> bool:

@@ -86,6 +86,7 @@ class Contract:
         tokens: whether every token may have a label.
         shares: whether two stages may train one weight.
         in_flight: whether a step works on other batches than the one that comes in.
+        chain_states: whether stages are evaluated on the chain's states of the batch that comes in.
         input_waits: whether the gradient of an input comes in a later step.
         labels_in_inputs: whether labels take the place of entries of the input.
         late_reach: of a late rule, which no audit can look at, what each loss moves.
@@ -96,6 +97,7 @@ class Contract:
     tokens = True
     shares = True
     in_flight = False
+    chain_states = True
     input_waits = False
     labels_in_inputs = False
     late_reach: dict = {}  # noqa: RUF012
@@ -452,6 +454,23 @@ class Contract:
         """The chain's own, in evaluation mode."""
         torch.testing.assert_close(step.label_loss, F.cross_entropy(rule.network(x), y).detach())
 
+    def test_running_statistics_are_those_of_one_evaluation_a_step(self):
+        rim = {"rim": 1.0} if "rim" in options_of(self.name) else {}
+        network = normed()
+        network.head = nn.Sequential(nn.BatchNorm1d(WIDTH).double(), network.head)
+        same, seen = copy.deepcopy(network), batches(FILL)
+        rule = self.made(network, **rim)
+        for x, y in seen:
+            rule(x, y)
+            same(x)
+        late = len(rule.stages) - 1 if self.in_flight else 0
+        for block in network.blocks:
+            assert FILL - late <= block[1].num_batches_tracked <= FILL
+        assert FILL - late <= network.head[0].num_batches_tracked <= FILL
+        if self.chain_states:
+            for ours, theirs in zip(network.buffers(), same.buffers(), strict=True):
+                torch.testing.assert_close(ours, theirs)
+
     def test_in_evaluation_nothing_is_kept(self):
         rule, twin = self.made(normed()), self.made(normed())
         seen, (x, y) = batches(FILL), batches(1, seed=5)[0]
@@ -634,6 +653,7 @@ def normed():
 
 class ByTree(Contract):
     boundary, scope = "", ""
+    chain_states = False
 
     def oracle_gradients(self, network, x, y):
         a, b, c, d, e = network.blocks
@@ -658,6 +678,7 @@ class TestTree(ByTree):
 class TestScan(Contract):
     name = "scan"
     options = {"stage": (2, 1, 2), "sweeps": 1, "credit_sweeps": 0}  # noqa: RUF012  (so that batches wait)
+    chain_states = False
     in_flight = input_waits = True
 
 
@@ -668,6 +689,7 @@ class TestScanFromATree(Contract):
 
 class TestStream(Contract):
     name = "stream"
+    chain_states = False
     in_flight = True
 
 
@@ -684,6 +706,7 @@ class TestGreedy(Contract):
 class TestStreamOfCopies(Contract):
     name = "stream"
     options = {"stage": (2, 1, 2), "copies": True, "refresh": 2}  # noqa: RUF012
+    chain_states = False
     in_flight = True
 
 
@@ -694,6 +717,7 @@ class TestSolo(Contract):
 
 class TestPipeline(Contract):
     name = "pipeline"
+    chain_states = False
     in_flight = input_waits = True
     # A stage learns by itself, and the head by the label.
     late_reach = {  # noqa: RUF012

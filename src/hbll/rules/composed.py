@@ -14,13 +14,14 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hbll.calls import Context, check_shape
 from hbll.carry import Carry, map_tensors
 from hbll.cut import Stage
 from hbll.engine import Engine, Evaluation, make_engine
 from hbll.losses import Loss, check_labels, check_prediction, counts, cross_entropy, mean_loss, takes_known_labels
-from hbll.modes import evaluating
+from hbll.modes import batch_norms, evaluating, still_statistics
 from hbll.names import check_choice, check_number
 from hbll.network import Chain
 from hbll.rule import LateError, Rule, StageLoss, Step, attach_gradients
@@ -150,6 +151,7 @@ class Cut:
         engine: evaluates stages.
         choice: the user's, by which other engines are made too.
         pulls_back: whether credit pulls gradients back to the inputs of fronts, which are then leaves.
+        norms: what of blocks and head keeps running statistics: of the fronts alone, and of the head on the last of them.
     """
 
     stages: tuple[Stage, ...]
@@ -158,12 +160,14 @@ class Cut:
     engine: Engine
     choice: EngineChoice
     pulls_back: bool
+    norms: tuple[_NormBase, ...]
 
     @classmethod
     def of(cls, network: Chain, stages: tuple[Stage, ...], choice: EngineChoice, pulls_back: bool) -> "Cut":
         """With an engine of a user's choice."""
         engine = make_engine(stages, [stage.title for stage in stages], choice)
-        return cls(stages, network, Tree(len(stages) + 1), engine, choice, pulls_back)
+        norms = (*batch_norms(network.blocks), *batch_norms(network.head))
+        return cls(stages, network, Tree(len(stages) + 1), engine, choice, pulls_back, norms)
 
     @property
     def device(self) -> torch.device:
@@ -214,7 +218,8 @@ class Cut:
         for group in self.engine.partition(stages, inputs):
             contexts = [batches[p].context for p in group]
             nodes = tuple(stages[p] for p in group)
-            outputs = self.engine(nodes, torch.stack([inputs[p] for p in group]), contexts).outputs
+            with still_statistics(self.norms):
+                outputs = self.engine(nodes, torch.stack([inputs[p] for p in group]), contexts).outputs
             check_shape(self.stages[nodes[0] - 1].title, outputs[0], inputs[group[0]])
             found.update(zip(group, outputs.unbind(0), strict=True))
         return [found[p] for p in range(len(stages))]

@@ -1,15 +1,15 @@
 """Forward-Forward (FF): Hinton, "The Forward-Forward algorithm", arXiv 2212.13345."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hbll.calls import Readout
 from hbll.losses import Loss, cross_entropy
+from hbll.modes import batch_norms, still_statistics
 from hbll.names import check_choice, check_number
 from hbll.network import Chain
 from hbll.rule import StageLoss, Step
@@ -43,20 +43,6 @@ def unit_length(state: Tensor) -> Tensor:
 def goodness(state: Tensor) -> Tensor:
     """Sum of the squared features, a mean over pixels or tokens: (B, ...) -> (B,)."""
     return by_pixel(state).square().sum(1).mean(1)
-
-
-@contextmanager
-def still_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norms in training go by their batch as ever, but leave their running statistics as they are."""
-    norms = (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-    tracking = [norm for norm in norms if norm.training and norm.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in tracking:
-            norm.track_running_stats = True
 
 
 class ForwardForward(LocalRule):
@@ -126,10 +112,10 @@ class ForwardForward(LocalRule):
 
     def unit_pass(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Each stage and its output on what comes to it, at unit length; with the graph of that stage alone."""
-        with still_statistics(self.network):  # those of the chain are the ones to be deployed
+        with still_statistics(batch_norms(self.network)):  # those of the chain are the ones to be deployed
             state, context = self.network.embedded(unit_length(x))
         for k, stage in enumerate(self.stages, 1):
-            with still_statistics(stage):
+            with still_statistics(batch_norms(stage)):
                 outputs = [(k, stage(state, **context))]
             state, context = unit_length(outputs[0][1].detach()), detached(context)
             yield outputs.pop()

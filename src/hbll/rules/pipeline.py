@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hbll.carry import Carry, own_copy
 from hbll.losses import Loss, cross_entropy, wide
+from hbll.modes import batch_norms, still_statistics
 from hbll.network import Chain
 from hbll.rule import StageLoss, Step, attach_gradients
 from hbll.rules.composed import Batch, Composed, Credit, Cut, EngineChoice, Front, Targets, train_head
@@ -69,13 +70,15 @@ class LateCredit(Credit):
         # Nothing that arrives in this step depends on another arrival: all stages could do this at once.
         for n, gradient in arriving.items():
             if n == 0:
-                embedded, _ = cut.network.embedded(waiting[0].pop(0))
+                with still_statistics(batch_norms(cut.network.embed)):  # which has seen the batch
+                    embedded, _ = cut.network.embedded(waiting[0].pop(0))
                 if embedded.requires_grad:
                     yield StageLoss("embed", attach_gradients(gradient.new_zeros(()), [embedded], [gradient]))
                 continue
             left = waiting[n].pop(0)
             state = left["state"].requires_grad_()
-            outputs = cut.engine((n,), state.unsqueeze(0), [left["context"]]).outputs
+            with still_statistics(cut.norms):
+                outputs = cut.engine((n,), state.unsqueeze(0), [left["context"]]).outputs
             moved = attach_gradients(wide(gradient).new_zeros(()), [outputs], [gradient.unsqueeze(0)])
             yield StageLoss(n, moved, leaves=(state,))
             handed_on[n - 1] = torch.zeros_like(state) if state.grad is None else step.unscaled(state.grad)

@@ -18,6 +18,7 @@ from hbll.carry import Carry, concatenate, map_tensors, own_copy
 from hbll.cut import cut
 from hbll.engine import Engine, make_engine, stack
 from hbll.losses import Loss, cross_entropy, row_means, sample_losses, wide
+from hbll.modes import still_statistics
 from hbll.names import check_choice, check_number
 from hbll.network import Chain
 from hbll.rule import Message, StageLoss, Step
@@ -156,6 +157,7 @@ class ReadoutCredit(Credit):
         outputs = front.evaluation.outputs.unbind(0)
         states = [outputs[i] for i in places]
         engine, ways = self.ways(cut)
+        shared = () if self.own else cut.norms
         passing = [ways[n] for n in nodes]
         trained = False
         for jump in range(max(map(len, passing))):
@@ -166,7 +168,7 @@ class ReadoutCredit(Credit):
                 blocks = tuple(through[p] for p in group)
                 before = stack([states[i] for i in rows])
                 name = engine.names[blocks[0] - 1]
-                with out_of_order(name, before[0]):
+                with out_of_order(name, before[0]), still_statistics(shared):
                     evaluation = engine(blocks, before, [batches[i].context for i in rows])
                 check_shape(name, evaluation.outputs[0], before[0])
                 trained = trained or bool(evaluation.parameters)
@@ -208,11 +210,13 @@ class ReadoutCredit(Credit):
     def _predict(self, nodes: Sequence[int], states: Sequence[Tensor], batches: Sequence[Batch], cut: Cut) -> Any:
         """The heads' outputs, one stage's samples after the other's."""
         heads = [self._head(n, cut) for n in nodes]
-        if len(set(heads)) == 1 and not any(batch.context for batch in batches):
+        if len(set(heads)) == 1 and not cut.norms and not any(batch.context for batch in batches):
             return heads[0](torch.cat(list(states)))
-        return concatenate(
-            [evaluate(head, state, batch.context) for head, state, batch in zip(heads, states, batches, strict=True)]
-        )
+        predictions = []
+        for n, head, state, batch in zip(nodes, heads, states, batches, strict=True):
+            with still_statistics(cut.norms if head is cut.network.head and n < cut.last else ()):
+                predictions.append(evaluate(head, state, batch.context))
+        return concatenate(predictions)
 
     def _head(self, node: int, cut: Cut) -> nn.Module:
         return self.own[node - 1].head if self.own and node < cut.last else cut.network.head

@@ -16,6 +16,7 @@ from hbll.engine import Evaluation, stack
 from hbll.families import FAMILIES, Family, Gaussian
 from hbll.inversion import gauss_newton, taylor
 from hbll.losses import Loss, counts, cross_entropy, row_means, sample_losses, wide
+from hbll.modes import still_statistics
 from hbll.names import check_choice, check_number
 from hbll.network import Chain
 from hbll.rule import StageLoss, Step, attach_gradients
@@ -290,15 +291,15 @@ class ArcCredit(Credit):
             parameters = tuple(p for p in cut.network.head.parameters() if p.requires_grad)
             yield Arc(
                 (node,),
-                lambda states: Evaluation(self._read(cut, states[0], batch), parameters),
+                lambda states: Evaluation(self._read(cut, node, states[0], batch), parameters),
                 lambda found: self._label_errors(found, batch.y, tokens),
             )
         for right in cut.engine.groups(list(node_of), [states[0]] * len(node_of)):
             yield self._right_arc(tuple(node_of[j] for j in right), right, cut, batch, family, tokens, targets)
 
     @staticmethod
-    def _read(cut: Cut, state: Tensor, batch: Batch) -> Any:
-        with out_of_order("the head", state):
+    def _read(cut: Cut, node: int, state: Tensor, batch: Batch) -> Any:
+        with still_statistics(() if node == cut.last else cut.norms), out_of_order("the head", state):
             return cut.network.read(state, batch.context)
 
     @staticmethod
@@ -318,7 +319,7 @@ class ArcCredit(Credit):
             return Errors(samples.mean(1), samples, samples.shape[1] * tokens)
 
         def predict(states: Tensor) -> Evaluation:
-            with out_of_order(cut.stages[right[0] - 1].title, states[0]):
+            with still_statistics(cut.norms), out_of_order(cut.stages[right[0] - 1].title, states[0]):
                 evaluation = cut.engine(right, states, [batch.context] * len(right))
             check_shape(cut.stages[right[0] - 1].title, evaluation.outputs[0], states[0])
             return evaluation
