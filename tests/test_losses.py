@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from hbll.losses import counts, cross_entropy, mean_loss, mean_losses, row_means, sample_losses, squared_error
 from hbll.rules.local import Labels
@@ -130,6 +131,36 @@ def test_a_loss_of_one_value_per_sample_weighs_all_alike():
     torch.testing.assert_close(mean_loss(squared_error, prediction, y), values.mean())
 
 
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 2}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("weights", [None, [0.1, 0.2, 0.05, 0.0]])
+@pytest.mark.parametrize("made", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_torchs_losses_of_classes_have_torchs_mean(made, weights, options):
+    if "label_smoothing" in options and (made is nn.NLLLoss or weights):
+        pytest.skip("which has none, or gives labels of weight 0 some of others'")
+    torch.manual_seed(0)
+    options = options | ({} if weights is None else {"weight": torch.tensor(weights, dtype=torch.float64)})
+    logits = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    scores, y = logits.log_softmax(1), torch.randint(4, (12,))
+    y[:3] = options.get("ignore_index", -100)
+    found = mean_loss(made(reduction="none", **options), scores, y)
+    expected = made(**options)(scores, y)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+
+
+def test_probabilities_of_classes_are_labels_too():
+    scores, y = torch.randn(6, 3), torch.rand(6, 3).softmax(1)
+    torch.testing.assert_close(mean_loss(nn.CrossEntropyLoss(reduction="none"), scores, y), F.cross_entropy(scores, y))
+
+
+def test_a_loss_that_broadcasts_labels_is_refused():
+    with pytest.raises(
+        ValueError, match=r"values \(16, 16\) for labels \(16,\): it is to return one per sample or token"
+    ):
+        mean_loss(lambda z, y: (z - y).square(), torch.randn(16, 1), torch.randn(16))
+
+
 def test_a_loss_that_averages_over_the_batch_is_refused():
     with pytest.raises(ValueError, match=r"one value per sample, not their mean: .* reduction='none'"):
         sample_losses(F.cross_entropy, draw(0, 5, 3), torch.zeros(5, dtype=torch.long))
@@ -142,6 +173,13 @@ def test_a_loss_that_averages_over_the_batch_is_refused():
 def test_labels_are_one_class_for_each_token(labels):
     with pytest.raises(ValueError, match=r"take integer labels \(3, 2\)"):
         cross_entropy(torch.zeros(3, 2, 5), labels)
+
+
+def test_scores_of_pixels_are_told_where_classes_go():
+    with pytest.raises(
+        ValueError, match=r"got \(2, 4, 5\) of torch.int64; let the head have classes last, or give loss=nn"
+    ):
+        cross_entropy(torch.randn(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long))
 
 
 def test_squares_are_not_broadcast():

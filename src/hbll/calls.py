@@ -153,8 +153,9 @@ def out_of_order(name: str, state: Tensor) -> Iterator[None]:
     except RuntimeError as error:
         refuse_in_place(name, error)
         raise ValueError(
-            f"{name} cannot take a state of shape {tuple(state.shape)}; here blocks are called out of order, on the states "
-            f"of other blocks, which must be of one shape ({str(error).splitlines()[0]})"
+            f"{name} cannot take a state of shape {tuple(state.shape)}; here it is called out of order, on the state of "
+            "another block than the one before it, and states must be of one shape: take dgl where they are not "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

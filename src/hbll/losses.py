@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "IGNORED",
@@ -71,9 +71,12 @@ def _check_form(scores: torch.Size, y: Any) -> None:
         )
     if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != scores[:-1]:
         got = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        # Such as (B, C, H, W) of an image's pixels: classes where torch's losses have them.
+        last = isinstance(y, Tensor) and y.shape == scores[:1] + scores[2:]
+        how = "; let the head have classes last, or give loss=nn.CrossEntropyLoss(reduction='none')" if last else ""
         raise ValueError(
             f"the head's scores {tuple(scores)} take integer labels {tuple(scores[:-1])}, one for each sample or token; got "
-            f"{got}"
+            f"{got}{how}"
         )
 
 
@@ -130,21 +133,40 @@ def sample_losses(loss: Loss, prediction: Any, y: Any, counted: Tensor | None = 
         counted: of the same shape, 0 or false where a value is not to count; None if all do.
 
     Raises:
-        ValueError: the loss is one number for the whole batch.
+        ValueError: the loss is one number for the whole batch, or more numbers than there are labels.
     """
     returned = loss(prediction, y)
-    values, weights = returned if isinstance(returned, tuple) else (returned, torch.ones_like(returned))
+    values, weights = returned if isinstance(returned, tuple) else _weighted(loss, returned, y)
     if values.ndim == 0:
         raise ValueError(
             "the loss must return one value per sample, not their mean: torch's losses take reduction='none'"
         )
+    if isinstance(y, Tensor) and values.numel() > y.numel():
+        raise ValueError(
+            f"the loss returned values {tuple(values.shape)} for labels {tuple(y.shape)}: it is to return one per sample or "
+            "token; give predictions and labels one shape"
+        )
     return values, weights if counted is None else weights * counted
+
+
+def _weighted(loss: Loss, values: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+    """Values and their weights, which torch's losses of classes have in them: ignored labels as 0, others times their
+    class's weight."""
+    weights = torch.ones_like(values)
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and isinstance(y, Tensor) and not y.is_floating_point():
+        counted = y != loss.ignore_index
+        weights = counted.to(values.dtype)
+        if loss.weight is not None:
+            weights = weights * loss.weight[torch.where(counted, y, 0)]
+            values = values / torch.where(weights > 0, weights, 1)
+    return values, weights
 
 
 def row_means(values: Tensor, weights: Tensor, rows: int) -> Tensor:
     """The means, (rows,), of the values (rows * B, ...) of as many equal parts; values of weight 0 do not count."""
     values, weights = (values * weights).reshape(rows, -1), weights.reshape(rows, -1)
-    return values.sum(1) / weights.sum(1).clamp_min(1)
+    total = weights.sum(1)
+    return values.sum(1) / torch.where(total > 0, total, 1)
 
 
 def mean_losses(loss: Loss, prediction: Tensor, y: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -244,3 +244,11 @@ def test_solo_scales_one_tensor():
     net.head = Apart(net.head)
     with pytest.raises(ValueError, match="'solo' scales what the head returns, which is one tensor; got a tuple"):
         make_rule("solo", net, loss=squares).backward(x, y)
+
+
+def test_a_number_of_stages_and_a_network_in_the_names_place_are_told():
+    sentence = r"stage= is the number of blocks in a stage, .* stage=hbll\.cut\.even\(network, 2\)"
+    with pytest.raises(ValueError, match=sentence):
+        make_rule("stream", network(), stages=2)
+    with pytest.raises(ValueError, match="the name of the rule comes first"):
+        make_rule(network(), "stream")

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from hbll.names import check_known
 from hbll.network import Chain
 from hbll.rule import Rule
@@ -86,8 +88,15 @@ def make_rule(name: str, network: Chain, example: Any = None, **options: Any) ->
     Raises:
         ValueError: an unknown rule, option or value; the message names the nearest one.
     """
+    if isinstance(name, nn.Module):
+        raise ValueError("the name of the rule comes first: make_rule('stream', network)")
     kind = RULES[check_known(name, RULES, "rule")]
     for option in options:
+        if option == "stages":
+            raise ValueError(
+                "stage= is the number of blocks in a stage, or one for every stage: for two stages take "
+                "stage=hbll.cut.even(network, 2)"
+            )
         check_known(option, options_of(name), f"option of {name}")
     rule = kind(network, **options)
     if example is not None:

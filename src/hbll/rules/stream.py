@@ -174,7 +174,8 @@ class ReadoutCredit(Credit):
                 trained = trained or bool(evaluation.parameters)
                 for i, state in zip(rows, evaluation.outputs.unbind(0), strict=True):
                     states[i] = state
-        with out_of_order("the head", states[0]) if nodes[0] < cut.last else nullcontext():
+        head = f"stage {nodes[0]}'s copy of the head" if self.own else "the head"
+        with out_of_order(head, states[0]) if nodes[0] < cut.last else nullcontext():
             prediction = self._predict(nodes, states, batches, cut)
         labels = concatenate([batch.y for batch in batches])
         values, weights = sample_losses(self.loss, prediction, labels)
