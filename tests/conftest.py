@@ -72,12 +72,13 @@ def small_data(tmp_path, monkeypatch) -> Path:
     for name in ("novels", "wikitext-2"):
         corpus = corpora.CORPORA[name]
         (folder / name).mkdir()
-        sums, tokens = {}, {}
+        sums, tokens, lengths = {}, {}, {}
         for part, lines in (("train", 200), ("valid", 9), ("test", 11)):
             content = "".join(" " + " ".join(draw.choice(WORDS, 6)) + " \n" for _ in range(lines)).encode()
             (folder / name / corpus.files.format(part)).write_bytes(content)
             sums[part], tokens[part] = hashlib.sha256(content).hexdigest(), 7 * lines
+            lengths[part] = len(content)
         small = replace(corpus, sizes={"words": len(WORDS) + 1, "characters": len(set("".join(WORDS) + " \n"))})
-        small = replace(small, sums=sums) if corpus.sums else replace(small, tokens=tokens)
+        small = replace(small, sums=sums) if corpus.sums else replace(small, tokens=tokens, lengths=lengths)
         monkeypatch.setitem(corpora.CORPORA, name, small)
     return folder

@@ -393,7 +393,10 @@ def test_generate_prints_the_text_alone(hbll, speaking):
             "2 tokens and 24 new ones are more than the context of 24 tokens that the network ",
         ),
         ("--prompt aé --max-new-tokens 4", "the vocabulary has no 'é'"),
-        ("--prompt= --max-new-tokens 4", "there is nothing to go on from: give a prompt of one character at least\n"),
+        ("--prompt= --max-new-tokens 4", "there is nothing to go on from: give a prompt of one token at least\n"),
+        ("--prompt a\udce9 --max-new-tokens 4", "the prompt is no text in UTF-8 ('utf-8' codec can't encode"),
+        ("--prompt a --seed -1 --max-new-tokens 4", "--seed must be at least 0, not -1\n"),
+        ("--prompt a --seed 18446744073709551616 --max-new-tokens 4", "--seed must be less than 2^64, not 18446"),
         ("--prompt a --temperature -1 --max-new-tokens 4", "temperature must not be negative; got -1.0\n"),
         ("--prompt a --draft 1-3 --max-new-tokens 4", "1-3 is not a path: the tree has no arc from 1 to 3"),
         ("--prompt a --draft 4 --max-new-tokens 4", "a path has between 1 and 3 blocks here; got 4\n"),
@@ -420,6 +423,9 @@ def test_generate_takes_the_best_weights(hbll, small_data):
     checkpoint.save(run.best_file, best)
     assert hbll(*arguments, "--best")[1] == "foxzzzzz\n"
     assert hbll(*arguments)[1] == last != "foxzzzzz\n"
+    best["run"]["seed"] = 1
+    checkpoint.save(run.best_file, best)
+    assert "best.safetensors is of another run, with --seed 1, not 0" in hbll(*arguments, "--best")[2]
     run.best_file.unlink()
     sentence = "run has no best.safetensors: no epoch of it was measured on validation samples"
     assert hbll(*arguments, "--best") == (2, "", f"hbll: {sentence}\n")
@@ -462,6 +468,11 @@ def test_resuming_takes_the_options_of_the_run(hbll, trained):
         "",
         f"hbll: {trained} was trained with --width 16, not 32: a run is resumed as it was begun; "
         "start another with another --run-dir\n",
+    )
+    other = ["--rule", "greedy"]
+    assert (
+        "was trained with --method bp, not greedy"
+        in hbll("train", "digits", "--run-dir", trained, "--resume", *other)[2]
     )
     assert "--seed 5, not 6" in hbll("train", "digits", "--run-dir", trained, "--resume", "--seed", "6")[2]
     assert "was begun with the recipe digits" in hbll("train", "mnist-mlp", "--run-dir", trained, "--resume")[2]

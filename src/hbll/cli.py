@@ -277,7 +277,7 @@ def train(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      train a network"""
     from hbll.distributed.launch import launched
     from hbll.train.console import train_shown
-    from hbll.train.run import open_run
+    from hbll.train.run import check_same, open_run
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
     name = f"{recipe.name}-{options.method}-s{options.seed}"
@@ -291,6 +291,8 @@ def train(arguments: Sequence[str]) -> None:
         put_together(_run_of(options, options.run_dir))
     if options.parallel != "none":
         _train_parallel(options, name)
+    if options.resume:  # before what is said of options that were not given
+        check_same(open_run(options.run_dir), _run_of(options, options.run_dir))
     options.recipe.check([options.method])
     with _folder(options.run_dir, name) as folder:
         train_shown(_run_of(options, folder), resume=options.resume)

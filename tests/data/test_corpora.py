@@ -127,14 +127,14 @@ def test_damaged_tokens_are_made_anew(small_data, name, damage):
     ("corpus", "part", "sentence"),
     [
         ("novels", "train", r"novels\.train\.txt is damaged: its sha256 is \w{64} and should be"),
-        ("wikitext-2", "test", r"wiki\.test\.tokens is damaged, or that of another part or set: it has [\d,]+ tokens"),
+        ("wikitext-2", "test", r"wiki\.test\.tokens is damaged, or that of another part or set: it has [\d,]+ bytes"),
     ],
 )
 def test_truncated_and_swapped_files_are_named(small_data, corpus, part, sentence):
     file = small_data / corpus / CORPORA[corpus].files.format(part)
     content = file.read_text()
     other = file.with_name(CORPORA[corpus].files.format("valid"))
-    for wrong in (content[: len(content) // 2], other.read_text()):
+    for wrong in (content[: len(content) // 2], content[:-1], other.read_text()):
         file.write_text(wrong)
         with pytest.raises(ValueError, match=sentence):
             encoded(CORPORA[corpus], "characters", data_dir=small_data)
@@ -143,6 +143,18 @@ def test_truncated_and_swapped_files_are_named(small_data, corpus, part, sentenc
         ValueError, match=rf"{file.name} of {CORPORA[corpus].title} is missing: put the published file there"
     ):
         encoded(CORPORA[corpus], "characters", data_dir=small_data)
+
+
+def test_a_text_of_the_right_length_with_other_words_or_bytes_is_named(small_data):
+    file = small_data / "wikitext-2" / "wiki.train.tokens"
+    content = file.read_bytes()
+    for wrong, sentence in (
+        (content.replace(b" ", b"x", 1).replace(b" ", b"x", 1), r"it has [\d,]+ tokens and should have"),
+        (content[:-3] + b"\xff" + content[-2:], r"wiki\.train\.tokens is damaged: it is no text in UTF-8"),
+    ):
+        file.write_bytes(wrong)
+        with pytest.raises(ValueError, match=sentence):
+            encoded(CORPORA["wikitext-2"], "characters", data_dir=small_data)
 
 
 def test_without_the_large_wikitext_the_novels_are_offered(small_data):
@@ -169,8 +181,10 @@ def test_wikitext_is_downloaded_as_published(small_data, tmp_path, monkeypatch):
     lines = [" \n", " = Title = \n", *(published / "wiki.test.tokens").read_text().splitlines(keepends=True)]
     (published / "wiki.test.tokens").write_text("".join(lines))
     tokens = CORPORA["wikitext-2"].tokens | {"test": sum(len(line.split()) + 1 for line in lines)}
+    lengths = CORPORA["wikitext-2"].lengths | {"test": len("".join(lines))}
     monkeypatch.setitem(sys.modules, "datasets", hub(published))
-    found = encoded(replace(CORPORA["wikitext-2"], tokens=tokens), "words", data_dir=small_data)
+    longer = replace(CORPORA["wikitext-2"], tokens=tokens, lengths=lengths)
+    found = encoded(longer, "words", data_dir=small_data)
     assert len(found.tokens["test"]) == tokens["test"]
     for file in published.iterdir():
         assert (small_data / "wikitext-2" / file.name).read_text() == file.read_text()

@@ -42,7 +42,7 @@ class Corpus:
     """A text in three parts, a file each, and how its files are told from damaged ones.
 
     By their SHA-256; of WikiText, whose sums were not published, by the number of tokens that was: words, and the end of
-    every line.
+    every line; and by their length where it is known.
     """
 
     name: str
@@ -58,6 +58,8 @@ class Corpus:
 
     sums: Mapping[str, str] | None = None
     tokens: Mapping[str, int] | None = None
+    lengths: Mapping[str, int] | None = None
+    """In bytes."""
 
     hub: str | None = None
     """Its name in the hub's `HUB_NAME`, from which it is downloaded if the library `datasets` is there."""
@@ -87,6 +89,11 @@ class Corpus:
             if self.sums and (found := file_sum(file)) != self.sums[part]:
                 raise ValueError(
                     f"the data file {file} is damaged: its sha256 is {found} and should be {self.sums[part]}"
+                )
+            if self.lengths and (length := file.stat().st_size) != self.lengths[part]:
+                raise ValueError(
+                    f"the data file {file} is damaged, or that of another part or set: it has {length:,} bytes and should "
+                    f"have {self.lengths[part]:,}"
                 )
             if self.tokens and (count := _count(file, line_ends=True)) != self.tokens[part]:
                 raise ValueError(
@@ -138,6 +145,7 @@ CORPORA: Mapping[str, Corpus] = {
             files="wiki.{}.tokens",
             hub="wikitext-2-v1",
             tokens={"train": 2_088_628, "valid": 217_646, "test": 245_569},
+            lengths={"train": 10_797_148, "valid": 1_121_681, "test": 1_256_449},
             sizes={"words": 33_278, "characters": 283},
         ),
         Corpus(
@@ -262,9 +270,12 @@ def _vocabulary(kind: TokenKind, size: int | None, files: Mapping[str, Path]) ->
 
 def _texts(file: Path) -> Iterator[str]:
     """A text, so many lines at a time."""
-    with file.open(encoding="utf-8", newline="\n") as lines:
-        while part := "".join(itertools.islice(lines, LINES)):
-            yield part
+    try:
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            while part := "".join(itertools.islice(lines, LINES)):
+                yield part
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the data file {file} is damaged: it is no text in UTF-8 ({error})") from error
 
 
 def _count(file: Path, line_ends: bool) -> int:

@@ -56,7 +56,7 @@ def load_rule(run: Run, best: bool = False) -> Rule:
             f"{run.folder} has no {file.name}: its stages are put together at the end of the run, to which --resume leads"
         )
     rule = run.recipe.rule(run.method, run.recipe.network(), None)
-    state = checkpoint.load(file) if best else run.load_checkpoint()
+    state = run.load_checkpoint(file=file)
     with checkpoint.understood(file):
         rule.load_state_dict(state["rule"])
     return rule

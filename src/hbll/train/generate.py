@@ -11,7 +11,7 @@ from hbll.recipes.gpt import GptRecipe
 from hbll.rule import Rule
 from hbll.train.device import device
 from hbll.train.evaluate import load_rule
-from hbll.train.run import Run, open_run
+from hbll.train.run import Run, check_seed, open_run
 
 
 def language_model(folder: Path, best: bool = False) -> tuple[Run, Rule]:
@@ -50,13 +50,20 @@ def generate_run(
         best: as of `load_rule`.
 
     Raises:
-        ValueError: the prompt is empty or not of the vocabulary, or as of `language_model` and `hbll.generate.generate`.
+        ValueError: the prompt has no token, or others than the vocabulary; the seed is none; or as of `language_model` and
+            `hbll.generate.generate`.
     """
+    check_seed(seed)
     run, rule = language_model(folder, best)
     vocabulary = load_vocabulary(run.vocabulary_file)
-    if not prompt:
-        raise ValueError("there is nothing to go on from: give a prompt of one character at least")
-    tokens = torch.tensor([vocabulary.encode(prompt)], device=device())
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # what a terminal of another encoding hands over
+        raise ValueError(f"the prompt is no text in UTF-8 ({error})") from error
+    known = vocabulary.encode(prompt)
+    if not known:
+        raise ValueError("there is nothing to go on from: give a prompt of one token at least")
+    tokens = torch.tensor([known], device=device())
     rule.build(tokens)
 
     def way(name: str | None) -> Readout | None:

@@ -251,7 +251,8 @@ class Training:
 
     def save_best(self) -> None:
         """Keeps the present weights as the best by the validation samples."""
-        checkpoint.save(self.run.best_file, {"rule": self.rule.state_dict(), "epoch": self.epoch})
+        state = {"run": self.run.mark, "rule": self.rule.state_dict(), "epoch": self.epoch}
+        checkpoint.save(self.run.best_file, state)
 
     def restore(self) -> tuple[int, str]:
         """Goes back to the checkpoint; ValueError when it is missing, damaged, or of another version or run.

@@ -56,10 +56,7 @@ class Run:
     """The folder of the run, or of the saved network, whose weights it begins with."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, not {self.seed}")
-        if self.seed >= 2**64:
-            raise ValueError(f"--seed must be less than 2^64, not {self.seed}")
+        check_seed(self.seed)
         if self.wire != "float32" and self.parallel != "stages":
             raise ValueError("--wire is of the links between stages: leave it out, or give --parallel stages too")
 
@@ -170,6 +167,14 @@ class Run:
             "versions": {"python": platform.python_version()} | _versions(),
         }
         write_json(self.configuration_file, configuration)
+
+
+def check_seed(seed: int) -> None:
+    """ValueError unless torch takes it."""
+    if seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {seed}")
+    if seed >= 2**64:
+        raise ValueError(f"--seed must be less than 2^64, not {seed}")
 
 
 def _versions() -> dict[str, str]:
