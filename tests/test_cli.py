@@ -312,6 +312,15 @@ def test_what_is_no_path_is_told(hbll, trained, path, said):
     assert err.count("\n") == 1
 
 
+def test_evaluate_takes_corrupted_test_images(hbll, trained, speaking):
+    plain, erased = (
+        json.loads(hbll("evaluate", trained, "--json", *options)[1]) for options in ([], ["--test-missing", "0.9"])
+    )
+    assert plain["paths"][0]["accuracy"] > erased["paths"][0]["accuracy"]
+    sentence = "hbll: --test-missing is of images, and shakespeare-gpt has none: leave it out\n"
+    assert hbll("evaluate", "run", "--test-missing", "0.5") == (2, "", sentence)
+
+
 def test_evaluate_shows_a_bar_while_a_person_is_looking(hbll, trained, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # by which rich takes anything for a terminal
     assert "1/1" in hbll("evaluate", trained)[2]
@@ -351,7 +360,12 @@ def test_evaluate_leaves_at_the_first_readout_that_is_sure(hbll, trained):
         ("--exits --json", "--exits needs a value"),
         ("--path", "--path needs a value"),
         ("--path 2-3 --path", "--path needs a value"),
-        ("--rum 3", "unknown option '--rum'; there are --path, --paths, --exits, --best, --data-dir, --json"),
+        (
+            "--rum 3",
+            "unknown option '--rum'; there are --path, --paths, --exits, --best, --test-missing, --test-label-noise, "
+            "--data-dir, --json",
+        ),
+        ("--test-missing 1.5", "--test-missing is a share from 0 to 1, not 1.5"),
         ("--path stage-1", "there is no stage-1: the rule trains no readouts of stages, name a path"),
     ],
 )

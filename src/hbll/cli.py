@@ -145,6 +145,12 @@ class EvaluateOptions:
     best: FlagCreatePairsOff[bool] = False
     """The weights that were best by the validation samples, in place of the last."""
 
+    test_missing: float | None = None
+    """Share of the pixels, or patches, of every test image that is erased, in place of the run's own."""
+
+    test_label_noise: float | None = None
+    """Share of the test labels that are another class, in place of the run's own."""
+
     data_dir: Path | None = None
     """Folder that holds the data sets (the run's own, else $HBLL_DATA, else ~/.cache/hbll)."""
 
@@ -362,14 +368,17 @@ def evaluate(arguments: Sequence[str]) -> None:
     names, every = [path for group in options.path for path in group], options.paths == "all"
     if (names != []) + every + (options.exits != ()) > 1:
         raise ValueError("give --path, --paths all or --exits, one of them")
+    shares = {"test_missing": options.test_missing, "test_label_noise": options.test_label_noise}
+    given = {"data_dir": options.data_dir, "best": options.best}
+    given["corruption"] = {option: share for option, share in shares.items() if share is not None}
     if options.exits:
-        found = evaluate_exits(options.run, [points / 100 for points in options.exits], options.data_dir, options.best)
+        found = evaluate_exits(options.run, [points / 100 for points in options.exits], **given)
         if options.json:
             print(json.dumps({"exits": found}))
         else:
             show_exits(found)
         return
-    paths = evaluate_shown(options.run, names, options.data_dir, every=every, best=options.best)
+    paths = evaluate_shown(options.run, names, every=every, **given)
     measures = open_run(options.run).recipe.measures
     plot = options.run / "paths.svg"
     if every:

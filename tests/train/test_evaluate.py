@@ -227,6 +227,15 @@ def test_validation_samples_calibrate_where_there_are_any(tmp_path):
     assert found["full_accuracy"] == pytest.approx(right[-1].double().mean().item())
 
 
+def test_a_run_is_measured_on_images_that_it_was_not_trained_for(tmp_path):
+    shares = {"test_missing": 0.5, "test_label_noise": 0.2}
+    clean = trained(tmp_path / "clean", "greedy", stage=(1, 2))
+    expected = trained(tmp_path / "corrupted", "greedy", stage=(1, 2), **shares)  # which is trained alike
+    assert evaluate_run(clean.folder, corruption=shares) == evaluate_run(expected.folder) != evaluate_run(clean.folder)
+    assert evaluate_exits(clean.folder, [0.01], corruption=shares) == evaluate_exits(expected.folder, [0.01])
+    assert evaluate_run(expected.folder, corruption=dict.fromkeys(shares, 0.0)) == evaluate_run(clean.folder)
+
+
 def test_what_cannot_leave_early_is_told(tmp_path):
     trained(tmp_path, "dfa", blocks=1)
     with pytest.raises(ValueError, match="dfa on digits has no readout to leave at before the chain's"):

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +17,7 @@ from hbll.exits import calibrate, classify, confidence, costs, first_exits, logi
 from hbll.losses import IGNORED
 from hbll.modes import evaluating
 from hbll.network import Chain
-from hbll.recipes import Measure
+from hbll.recipes import Measure, Recipe, flag
 from hbll.rule import Rule
 from hbll.train import checkpoint
 from hbll.train.device import device
@@ -26,6 +28,8 @@ TIMED_SECONDS = 0.1
 
 BATCH_SIZE = 1000
 """Labels predicted at once, of one sample at least: bounds the memory, changes no result."""
+
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 OnBatch: TypeAlias = Callable[[int, int], None]
 """Is told how many batches are done, and how many there are."""
@@ -69,6 +73,7 @@ def evaluate_run(
     *,
     every: bool = False,
     best: bool = False,
+    corruption: Mapping[str, Any] = NONE,
     on_batch: OnBatch = lambda done, batches: None,
 ) -> list[PathResult]:
     """A run's network measured on the test samples along the paths of those names, or the usual ones.
@@ -79,13 +84,14 @@ def evaluate_run(
         data_dir: of the data set; None: the run's own.
         every: the readouts of all stages instead, and a path of each number of blocks, with what they cost.
         best: as of `load_rule`.
+        corruption: of the test images, in place of the run's own: `test_missing`, `test_label_noise`.
         on_batch: as of `measured`.
 
     Raises:
         ValueError: `folder` holds no run, a name is no path, or the data are missing or in other tokens than the run's.
     """
     run = open_run(folder)
-    recipe = run.recipe
+    recipe = _corrupted(run.recipe, corruption)
     rule = load_rule(run, best).to(device())
     data_dir = data_dir or run.data_dir
     test = recipe.splits(data_dir).test.to(device())
@@ -103,8 +109,20 @@ def evaluate_run(
     return [result | cost for result, cost in zip(results, costs, strict=True)]
 
 
+def _corrupted(recipe: Recipe, corruption: Mapping[str, Any]) -> Recipe:
+    """The recipe with other test samples; ValueError if it has none to corrupt."""
+    for option in corruption:
+        if not hasattr(recipe, option):
+            raise ValueError(f"{flag(option)} is of images, and {recipe.name} has none: leave it out")
+    return replace(recipe, **corruption)
+
+
 def evaluate_exits(
-    folder: FilePath, losses: Sequence[float], data_dir: FilePath | None = None, best: bool = False
+    folder: FilePath,
+    losses: Sequence[float],
+    data_dir: FilePath | None = None,
+    best: bool = False,
+    corruption: Mapping[str, Any] = NONE,
 ) -> list[ExitResult]:
     """What leaving a run's classifier at the first readout that is sure enough comes to.
 
@@ -115,13 +133,14 @@ def evaluate_exits(
         losses: of accuracy, shares of the samples, each of which is to be borne.
         data_dir: of the data set; None: the run's own.
         best: as of `load_rule`.
+        corruption: as of `evaluate_run`.
 
     Raises:
         ValueError: as `evaluate_run`; a loss is negative; or the run has no classes of whole samples, or no readout but the
             chain's.
     """
     run = open_run(folder)
-    recipe = run.recipe
+    recipe = _corrupted(run.recipe, corruption)
     rule = load_rule(run, best).to(device())
     splits = recipe.splits(data_dir or run.data_dir)
     test = splits.test.to(device())
