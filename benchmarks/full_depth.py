@@ -13,10 +13,11 @@ other seeds are run at the best. With one rate nothing is searched. Test samples
 and choose nothing. Held out are the last twentieth of a text but for its test part (a tenth) or the validation file, and
 5,000 images. Schedules are one-cycle, without a cycle of the momentum; gradients are clipped at 1.
 
-A finished run is a line of OUT/full_depth.jsonl, and not made again. Its curve has the held-out metric, seconds of training
-so far, and the cosine of every stage's gradient with backpropagation's on some training samples (of `scan` from states
-computed ahead on the batch then due; none of rules whose gradients are late). --workers runs are made at once. Needs torch,
-numpy and safetensors, and tokenizers where byte pairs have not been made yet; they are kept beside their text.
+A finished run is a line of OUT/full_depth.jsonl, and not made again; it says whether the gate was passed just before. Its
+curve has the held-out metric, seconds of training so far, and the cosine of every stage's gradient with backpropagation's on
+some training samples (of `scan` from states computed ahead on the batch then due; none of rules whose gradients are late).
+--workers runs are made at once. Needs torch, numpy and safetensors, and tokenizers where byte pairs have not been made yet;
+they are kept beside their text.
 """
 
 import argparse
@@ -292,7 +293,8 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     memory = step_memory(rule, *next(task.batches(job["seed"], device)))
     results = {"metric": task.metric, "held_out": curve[-1]["held_out"], "test": task.measure(network.eval(), "test")}
     costs = {"seconds": seconds, "work": work / done, "span": span / done, "peak_mib": memory / 2**20}
-    where = {"device": options.device, "workers": options.workers, "commit": options.commit, "torch": torch.__version__}
+    where = {"device": options.device, "workers": options.workers, "commit": options.commit, "gate": options.gate}
+    where |= {"torch": torch.__version__}
     return job | results | costs | where | {"curve": curve}
 
 
@@ -372,7 +374,9 @@ def main() -> None:
             hbll.make_rule(name, network, **chosen)
     except ValueError as error:
         parser.error(str(error))
-    gate([*(arm.split()[0] for arm in options.arms), "train/test_optimizers.py", "train/test_error_feedback.py"])
+    options.gate = gate(
+        [*(arm.split()[0] for arm in options.arms), "train/test_optimizers.py", "train/test_error_feedback.py"]
+    )
 
     images = isinstance(task, Images)
     setting = {"task": options.task, "width": options.width or task.width, "augment": options.augment}

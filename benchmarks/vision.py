@@ -19,10 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gate import gate
+
 from hbll.recipes import RECIPES
 from hbll.reproduce import TABLES, Reproduction, reproduce
 from hbll.reproduce.reproduction import columns, texts, write_results
 from hbll.reproduce.tables import CORPORA, language
+from hbll.rules import RULES
 from hbll.train import metrics
 from hbll.train.interrupt import SIGNALS
 from hbll.train.loop import train
@@ -129,6 +132,7 @@ def main() -> None:
     elif chosen.action == "train":
         recipe = RECIPES[chosen.recipe].of_preset(chosen.preset, **chosen.options)
         recipe.check([chosen.rule])
+        gate([chosen.rule])
         train_for(Run(recipe=recipe, method=chosen.rule, seed=0, folder=chosen.folder), chosen.minutes)
     else:
         reproduction = Reproduction(
@@ -140,6 +144,7 @@ def main() -> None:
             rates=chosen.rates,
             options=chosen.options,
         )
+        gate(chosen.rules or [rule for rule in reproduction.table.rules if rule in RULES])
         print(reproduce_for(reproduction, chosen.workers, chosen.minutes))
 
 

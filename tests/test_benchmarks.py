@@ -260,7 +260,7 @@ def test_a_run_is_a_line(tmp_path):
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text("to be or not to be. " * 400)
     options = argparse.Namespace(task="characters", data_dir=tmp_path, batch_size=2, train_samples=None, augment=False)
-    vars(options).update(device="cpu", workers=1, commit="abc", looks=2)
+    vars(options).update(device="cpu", workers=1, commit="abc", gate=True, looks=2)
     job = {"task": "characters", "blocks": 2, "width": 4, "steps": 41, "optimizer": "muon", "rate": 0.01, "seed": 0}
     full_depth._tasks.clear()
     lines = [full_depth.run(job | {"rule": rule}, options) for rule in ("bp", "bp", "2bw ef", "stream stages=2")]
