@@ -411,6 +411,7 @@ def test_generate_prints_the_text_alone(hbll, speaking):
         ("--prompt a\udce9 --max-new-tokens 4", "the prompt is no text in UTF-8 ('utf-8' codec can't encode"),
         ("--prompt a --seed -1 --max-new-tokens 4", "--seed must be at least 0, not -1\n"),
         ("--prompt a --seed 18446744073709551616 --max-new-tokens 4", "--seed must be less than 2^64, not 18446"),
+        ("--prompt a --temperature nan --max-new-tokens 4", "temperature must be at least 0; got nan\n"),
         ("--prompt a --temperature -1 --max-new-tokens 4", "temperature must not be negative; got -1.0\n"),
         ("--prompt a --draft 1-3 --max-new-tokens 4", "1-3 is not a path: the tree has no arc from 1 to 3"),
         ("--prompt a --draft 4 --max-new-tokens 4", "a path has between 1 and 3 blocks here; got 4\n"),

@@ -37,7 +37,8 @@ def check_number(name: str, value: object, *, least: float | None = None, above:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ValueError(f"{name} is a {'whole number' if whole else 'number'}; got {value!r}")
     if least is not None and not value >= least:
-        raise ValueError(f"{name} must {'not be negative' if least == 0 else f'be at least {least}'}; got {value}")
+        least_words = "not be negative" if least == 0 and value < 0 else f"be at least {least:g}"
+        raise ValueError(f"{name} must {least_words}; got {value}")
     if above is not None and not value > above:
         raise ValueError(f"{name} must be {'positive' if above == 0 else f'above {above}'}; got {value}")
     if least is None and not math.isfinite(value):

@@ -232,3 +232,6 @@ def test_a_network_of_other_tokens_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(type(recipe), "vocabulary", lambda self, data_dir: Characters("xy"))
     with pytest.raises(ValueError, match="holds a network of other tokens than those of shakespeare-gpt here"):
         start_weights(replace(other, folder=tmp_path / "new", start_from=tmp_path))
+    digits = Run(recipe=RECIPES["digits"](), method="bp", seed=0, folder=tmp_path / "new", start_from=tmp_path)
+    with pytest.raises(ValueError, match="a network of shakespeare-gpt, not of digits: shakespeare-gpt is of texts"):
+        start_weights(digits)

@@ -122,7 +122,9 @@ class Run:
             for option, value in state["run"].items():
                 if option in ours and value != ours[option]:
                     name = "the recipe" if option == "recipe" else flag(option)
-                    raise ValueError(f"{file} is of another run, with {name} {value}, not {ours[option]}")
+                    raise ValueError(
+                        f"{file} is of another run, with {name} {_words(value)}, not {_words(ours[option])}"
+                    )
         return state
 
     def stage_checkpoints(self, stage: int, stages: int | None = None) -> dict[int, tuple[Path, dict[str, Any]]]:
@@ -175,6 +177,11 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed must be at least 0, not {seed}")
     if seed >= 2**64:
         raise ValueError(f"--seed must be less than 2^64, not {seed}")
+
+
+def _words(value: Any) -> str:
+    """The value of an option as it is typed."""
+    return "none" if value is None else " ".join(map(str, value if isinstance(value, tuple | list) else [value]))
 
 
 def _versions() -> dict[str, str]:
@@ -260,7 +267,7 @@ def check_same(stored: Run, wanted: Run) -> None:
     for option, value in wanted.identity.items():
         if value != before[option] and not (option == "epochs" and longer):
             raise ValueError(
-                f"{stored.folder} was trained with {flag(option)} {before[option]}, not {value}: "
+                f"{stored.folder} was trained with {flag(option)} {_words(before[option])}, not {_words(value)}: "
                 "a run is resumed as it was begun; start another with another --run-dir"
             )
 

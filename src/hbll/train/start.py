@@ -25,7 +25,13 @@ def start_weights(run: Run) -> dict[str, Tensor] | None:
     if runs:  # its own, or that of a run's model
         other = open_run(runs[0])
         tokens = load_vocabulary(other.vocabulary_file) if other.vocabulary_file.is_file() else None
-        if tokens != run.recipe.vocabulary(run.data_dir):
+        ours = run.recipe.vocabulary(run.data_dir)
+        if (tokens is None) != (ours is None):
+            texts = run.recipe.name if ours else other.recipe.name
+            raise ValueError(
+                f"{folder} holds a network of {other.recipe.name}, not of {run.recipe.name}: {texts} is of texts"
+            )
+        if tokens != ours:
             raise ValueError(f"{folder} holds a network of other tokens than those of {run.recipe.name} here")
         if other.folder == folder:
             return load_rule(other).network.state_dict()
