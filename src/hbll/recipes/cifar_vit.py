@@ -42,14 +42,14 @@ class Cifar10Vit(CifarImages, ChainRecipe):
     patch: int = 4
     """Pixels of a patch's side."""
 
-    epochs: int = 10
+    epochs: int = 3
     """Passes over the training samples."""
 
     optimizer: OptimizerName = "muon"
     """What moves the weights: adamw; muon the matrices inside blocks, and adamw the rest at the same rate and decay; or
     nadam with a beta1 of .99, for gradients that come late."""
 
-    learning_rate: float = 4e-3
+    learning_rate: float = 8e-3
     """The optimizer's, at its highest."""
 
     gradient_clip: float | None = 1.0

@@ -93,7 +93,7 @@ class WikitextGpt(CorpusGpt):
     corpus: Literal["wikitext-2", "wikitext-103"] = "wikitext-2"
     """The text."""
 
-    epochs: int = 6
+    epochs: int = 3
     """Passes over the training samples."""
 
 
