@@ -1,6 +1,5 @@
 """The rule's options that recipes of chains take: what they do to the rule, and that a run keeps them."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -129,7 +128,8 @@ def test_a_run_is_trained_and_kept_with_its_options(tmp_path, method, stage):
         "4-6",
         "4-6-7",
     ]
-    with pytest.raises(ValueError, match=rf"was trained with --stage {re.escape(str(stage))}, not 2"):
+    typed = " ".join(map(str, [stage] if isinstance(stage, int) else stage))
+    with pytest.raises(ValueError, match=f"was trained with --stage {typed}, not 2"):
         train(replace(run, recipe=replace(run.recipe, stage=2)), resume=True)
 
 
