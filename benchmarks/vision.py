@@ -132,7 +132,7 @@ def main() -> None:
     elif chosen.action == "train":
         recipe = RECIPES[chosen.recipe].of_preset(chosen.preset, **chosen.options)
         recipe.check([chosen.rule])
-        gate([chosen.rule])
+        gate([chosen.rule] if chosen.rule in RULES else ["recurrent"])
         train_for(Run(recipe=recipe, method=chosen.rule, seed=0, folder=chosen.folder), chosen.minutes)
     else:
         reproduction = Reproduction(
@@ -144,7 +144,8 @@ def main() -> None:
             rates=chosen.rates,
             options=chosen.options,
         )
-        gate(chosen.rules or [rule for rule in reproduction.table.rules if rule in RULES])
+        asked = [rule for rule in chosen.rules or reproduction.table.rules if rule in RULES]
+        gate(asked or ["recurrent"])
         print(reproduce_for(reproduction, chosen.workers, chosen.minutes))
 
 

@@ -4,6 +4,7 @@ import itertools
 import random
 import secrets
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -378,18 +379,35 @@ def test_an_attribute_in_which_blocks_differ_is_named():
 
 
 class Scaled(Dense):
-    """A block with a number that its user changes as the training goes on, and one that nobody reads."""
+    """A block with numbers that its user changes as the training goes on, one that nobody reads, and one that it counts."""
+
+    factor = 1.0
 
     def __init__(self):
         super().__init__()
-        self.scale, self.note = 1.0, 0
+        self.scale, self.note, self.calls = 1.0, 0, 0
+        self.config, self.listed = SimpleNamespace(scale=1.0), [1.0]
 
     def forward(self, state):
-        return self.scale * super().forward(state)
+        self.calls += 1
+        return self.scale * self.factor * self.config.scale * self.listed[0] * super().forward(state)
 
 
+def change_in_place(block):
+    block.listed[0] = 0.5
+
+
+CHANGES = {
+    "scale": lambda block: setattr(block, "scale", 0.5),
+    "factor": lambda block: setattr(block, "factor", 0.5),  # of the class until then
+    "config": lambda block: setattr(block.config, "scale", 0.5),
+    "listed": change_in_place,
+}
+
+
+@pytest.mark.parametrize("attribute", CHANGES)
 @pytest.mark.parametrize("changed", ["one", "all"])
-def test_an_attribute_that_changes_after_it_was_recorded_is_noticed(changed):
+def test_an_attribute_that_changes_after_it_was_recorded_is_noticed(changed, attribute):
     net, x, y = network(Scaled)
     rule, strict = make_rule("paper", net), make_rule("paper", net, engine="batched")
     for each in (rule, strict):
@@ -398,8 +416,8 @@ def test_an_attribute_that_changes_after_it_was_recorded_is_noticed(changed):
         block.note = 1
     assert rule(x, y).engine == "batched"
     for block in net.blocks if changed == "all" else net.blocks[2:3]:
-        block.scale = 0.5
-    sentence = r"block \d: blocks\.0\.scale was 1\.0 and is 0\.5"
+        CHANGES[attribute](block)
+    sentence = rf"block \d: blocks\.0\.{attribute} was .*1\.0.* and is .*0\.5"
     with pytest.warns(UserWarning, match=sentence):
         step, found = stepped(rule, x, y)
     with pytest.raises(ValueError, match=sentence):

@@ -236,6 +236,19 @@ def test_what_cannot_be_is_one_sentence(options, sentence):
         generate(language_model(), **arguments)
 
 
+class TakesMore(GPTBlock):
+    def forward(self, state, cache=None, **kwargs):
+        return super().forward(state, cache=cache)
+
+
+def test_a_block_that_names_the_cache_among_others_goes_on_with_a_sequence():
+    torch.manual_seed(0)
+    network = hbll.Chain(GPTEmbed(11, 8, 8), [TakesMore(8, 2), GPTBlock(8, 2)], nn.Linear(8, 11))
+    tokens = network.generate(prompt(), 3, temperature=0).tokens
+    for end in range(prompt().shape[1], tokens.shape[1]):
+        assert network(tokens[:, :end])[:, -1].argmax(-1).equal(tokens[:, end])
+
+
 class TakesAnything(nn.Module):
     def forward(self, state, **kwargs):
         return state.cumsum(1)  # of the tokens before, which it would not have

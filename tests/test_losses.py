@@ -149,6 +149,20 @@ def test_torchs_losses_of_classes_have_torchs_mean(made, weights, options):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
 
 
+def test_a_batch_of_ignored_labels_counts_for_nothing_by_torchs_losses_too():
+    y = torch.full((3,), 2)
+    assert not counts(nn.CrossEntropyLoss(reduction="none", ignore_index=2), y)
+    assert counts(nn.NLLLoss(reduction="none"), y)
+    assert counts(nn.CrossEntropyLoss(reduction="none"), torch.rand(3, 2)) is None
+
+
+def test_bytes_are_labels_of_torchs_losses():
+    scores, y = torch.randn(4, 200), torch.tensor([156, 0, 3, 199], dtype=torch.uint8)
+    for weight in (None, torch.rand(200)):
+        found = mean_loss(nn.CrossEntropyLoss(weight, reduction="none"), scores, y)
+        torch.testing.assert_close(found, F.cross_entropy(scores, y.long(), weight))
+
+
 def test_probabilities_of_classes_are_labels_too():
     scores, y = torch.randn(6, 3), torch.rand(6, 3).softmax(1)
     torch.testing.assert_close(mean_loss(nn.CrossEntropyLoss(reduction="none"), scores, y), F.cross_entropy(scores, y))

@@ -24,6 +24,7 @@ __all__ = [
     "chosen",
     "evaluate",
     "first_of",
+    "names",
     "out_of_order",
     "picked",
     "refuse_in_place",
@@ -104,6 +105,11 @@ def takes(module: nn.Module) -> frozenset[str] | None:
     forward = module.function if isinstance(module, Part) else module.forward
     method = getattr(forward, "__func__", None)
     return _keywords(forward, 1) if method is None else _keywords_of_method(method)
+
+
+def names(module: nn.Module, keyword: str) -> bool:
+    """Whether a module's forward names a keyword, whatever else it takes."""
+    return keyword in inspect.signature(module.function if isinstance(module, Part) else module.forward).parameters
 
 
 @lru_cache(maxsize=1024)  # asked for with every token that is generated; of classes there are few

@@ -381,7 +381,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     paths = evaluate_shown(options.run, names, every=every, **given)
     measures = open_run(options.run).recipe.measures
     plot = options.run / "paths.svg"
-    if every:
+    if every and not given["corruption"]:  # which would take the place of the run's own
         from hbll.train.plots import by_cost
 
         write_atomically(plot, by_cost(paths, measures[0]))
@@ -389,7 +389,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(json.dumps({"paths": paths}))
     else:
         show_paths(paths, measures)
-        if every:
+        if every and not given["corruption"]:
             print(f"plot: {plot}")
 
 

@@ -5,10 +5,11 @@ inside the autograd graph and evaluates them in one vmapped call, so that a leve
 width; gradients flow back into the blocks' own parameters. Both give the same numbers up to rounding.
 """
 
+import copy
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from hbll.calls import Context, apply, check_tensor, chosen, first_of
+from hbll.calls import Context, apply, call, check_tensor, chosen, first_of
 
 __all__ = ["BatchedEngine", "Engine", "Evaluation", "LoopEngine", "make_engine", "stack"]
 
@@ -113,8 +114,8 @@ class BatchedEngine(LoopEngine):
             self._kinds = architectures(blocks, attributes=False)
         self._modules = [list(block.modules()) for block in blocks]
         self._recorded: dict[tuple, Callable[..., Tensor]] = {}
-        self._read: dict[int, dict[str, tuple[dict[str, Any], str, Any]]] = {}
-        """By kind the plain attributes of its blocks that recordings have read: where each is, its name and its value."""
+        self._read: dict[int, dict[str, tuple[nn.Module, str, Any]]] = {}
+        """By kind the attributes of its blocks that recordings have read: whose each is, its name and its value."""
 
     @property
     def stackable(self) -> bool:
@@ -175,39 +176,70 @@ class BatchedEngine(LoopEngine):
         if recorded is None:
             names = [name for _, _, name in self._slots[first]]
             blocks = [self.blocks[n - 1] for n in nodes]
-            with _reads(blocks[0]) as read:
-                try:
-                    recorded = record_batched(self.names[first], blocks, names, stacked, (inputs, *beside), form)
-                finally:
-                    if self._differ and (difference := _difference(blocks, read)):
-                        raise ValueError(
-                            f"no two blocks can be stacked: {self.names[first]} and its like differ in {difference}, which "
-                            "their forward reads"
-                        )
-            self._note(self._kinds[first], read)
+            with self._told_apart(blocks) if self._differ else nullcontext():
+                recorded = record_batched(self.names[first], blocks, names, stacked, (inputs, *beside), form)
+            self._note(first, inputs[0], form.context([tensor[0] for tensor in beside]))
             while len(self._recorded) >= RECORDINGS:
                 del self._recorded[next(iter(self._recorded))]
         self._recorded[key] = recorded  # behind all others, which are dropped before it
         return recorded
 
-    def _note(self, kind: int, read: Iterable[tuple[str, str]]) -> None:
-        """Notes the plain attributes of all blocks of a kind that a recording has read of one."""
+    @contextmanager
+    def _told_apart(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Raises ValueError if something is read inside of the first block in which the others differ."""
+        try:
+            with _reads(blocks[0]) as read:
+                yield
+        finally:
+            if difference := _difference(blocks, read):
+                raise ValueError(
+                    f"no two blocks can be stacked: {self.names[self.blocks.index(blocks[0])]} and its like differ in "
+                    f"{difference}, which their forward reads"
+                )
+
+    def _note(self, place: int, state: Tensor, context: Context) -> None:
+        """Notes the attributes that one block reads of all blocks of its kind."""
+        block, kind = self.blocks[place], self._kinds[place]
+        before = {name: dict(vars(module)) for name, module in block.named_modules()}
+        read: set[tuple[str, str]] = set()
+        # What does not let itself be looked at, such as a class that has no others below it, is not watched.
+        with suppress(Exception), torch.no_grad(), _same_draws(state), _reads(block) as found:
+            call(block, state, context)
+            read = found
         known = self._read.setdefault(kind, {})
-        for title, block, own in zip(self.names, self.blocks, self._kinds, strict=True):
+        for title, other, own in zip(self.names, self.blocks, self._kinds, strict=True):
             for name, key in read if own == kind else ():
-                attributes = vars(block.get_submodule(name))
-                if key in attributes and key not in _TORCH_INTERNALS:
-                    known.setdefault(f"{title}: {name}.{key}", (attributes, key, attributes[key]))
+                module = other.get_submodule(name)
+                changing = before[name].get(key) is not vars(block.get_submodule(name)).get(key)  # such as a counter
+                if key not in _TORCH_INTERNALS and not changing and _is_value(module, key):
+                    known.setdefault(f"{title}: {name}.{key}", (module, key, _snapshot(getattr(module, key))))
 
     def _check_read(self, kind: int) -> None:
         """Raises ValueError if an attribute that was recorded has another value by now."""
-        for title, (attributes, key, value) in self._read.get(kind, {}).items():
-            now = attributes.get(key)
+        for title, (module, key, value) in self._read.get(kind, {}).items():
+            now = _snapshot(getattr(module, key, None))
             if now is not value and not _equal(now, value):
                 raise ValueError(
                     f"blocks of which an attribute changes cannot be evaluated in one recorded call ({title} was {value!r} "
                     f"and is {now!r})"
                 )
+
+
+def _is_value(module: nn.Module, key: str) -> bool:
+    """Whether an attribute, of the module or its class, is no function and no part."""
+    if key.startswith("__"):
+        return False
+    if key in vars(module):
+        return not callable(vars(module)[key])
+    value = getattr(type(module), key, None)
+    return value is not None and not callable(value) and not isinstance(value, property)
+
+
+def _snapshot(value: Any) -> Any:
+    """A value, or what is in it now, that is compared with what is in it later."""
+    if isinstance(value, list | dict | set):
+        return copy.copy(value)
+    return dict(vars(value)) if hasattr(value, "__dict__") else value
 
 
 @dataclass(frozen=True)
@@ -495,14 +527,14 @@ def _reads(block: nn.Module) -> Iterator[set[tuple[str, str]]]:
     """What is read of a block inside: the names of modules, each with that of an attribute."""
     found: set[tuple[str, str]] = set()
     kinds = [(module, name, type(module)) for name, module in block.named_modules()]
-    for module, name, kind in kinds:
-
-        def read(self: nn.Module, key: str, name: str = name, kind: Any = kind) -> Any:
-            found.add((name, key))
-            return kind.__getattribute__(self, key)
-
-        module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": read})
     try:
+        for module, name, kind in kinds:
+
+            def read(self: nn.Module, key: str, name: str = name, kind: Any = kind) -> Any:
+                found.add((name, key))
+                return kind.__getattribute__(self, key)
+
+            module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": read})
         yield found
     finally:
         for module, _, kind in kinds:

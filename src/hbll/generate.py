@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbll.calls import Context, PathLike, Readout, first_of, picked, takes
+from hbll.calls import Context, PathLike, Readout, first_of, names, picked, takes
 from hbll.models.gpt import KeyValueCache
 from hbll.modes import evaluating
 from hbll.names import check_number
@@ -218,7 +218,7 @@ def _modules(network: Network, way: PathLike) -> list[nn.Module]:
         raise ValueError(f"{readout.name} reads whole inputs: tokens are generated along a path")
     blocks = {f"block {n}": network.blocks[n - 1] for n in readout.path}
     for name, module, keyword in [("the embed", network.embed, "start"), *((n, b, "cache") for n, b in blocks.items())]:
-        if keyword not in (takes(module) or ()):  # by **kwargs it might be swallowed, and the tokens before forgotten
+        if not names(module, keyword):  # by **kwargs it might be swallowed, and the tokens before forgotten
             raise ValueError(
                 f"{name}, a {type(module).__name__}, names no {keyword}=, by which a network goes on with a sequence; "
                 "hbll.models.gpt has blocks that do"

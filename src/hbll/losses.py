@@ -110,7 +110,11 @@ def check_labels(loss: Loss, scores: torch.Size, y: Any) -> None:
 
 def counts(loss: Loss, y: Any) -> Tensor | None:
     """Whether any label of a batch does, a scalar of 0 or 1; None where a loss is not known to leave labels out."""
-    return (y.long() != IGNORED).any() if loss is cross_entropy and isinstance(y, Tensor) else None
+    if not isinstance(y, Tensor):
+        return None
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not y.is_floating_point():
+        return (y.long() != loss.ignore_index).any()
+    return (y.long() != IGNORED).any() if loss is cross_entropy else None
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
@@ -133,7 +137,7 @@ def sample_losses(loss: Loss, prediction: Any, y: Any, counted: Tensor | None = 
         counted: of the same shape, 0 or false where a value is not to count; None if all do.
 
     Raises:
-        ValueError: the loss is one number for the whole batch, or more numbers than there are labels.
+        ValueError: the loss is one number for the whole batch, or so many that it broadcasts predictions and labels.
     """
     returned = loss(prediction, y)
     values, weights = returned if isinstance(returned, tuple) else _weighted(loss, returned, y)
@@ -141,7 +145,8 @@ def sample_losses(loss: Loss, prediction: Any, y: Any, counted: Tensor | None = 
         raise ValueError(
             "the loss must return one value per sample, not their mean: torch's losses take reduction='none'"
         )
-    if isinstance(y, Tensor) and values.numel() > y.numel():
+    sizes = [given.numel() for given in (prediction, y) if isinstance(given, Tensor)]
+    if len(sizes) == 2 and values.numel() > max(sizes):
         raise ValueError(
             f"the loss returned values {tuple(values.shape)} for labels {tuple(y.shape)}: it is to return one per sample or "
             "token; give predictions and labels one shape"
@@ -154,6 +159,7 @@ def _weighted(loss: Loss, values: Tensor, y: Any) -> tuple[Tensor, Tensor]:
     class's weight."""
     weights = torch.ones_like(values)
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and isinstance(y, Tensor) and not y.is_floating_point():
+        y = y.long()  # a byte cannot hold what stands for none
         counted = y != loss.ignore_index
         weights = counted.to(values.dtype)
         if loss.weight is not None:

@@ -49,14 +49,19 @@ def batch_norms(module: nn.Module) -> tuple[_NormBase, ...]:
 @contextmanager
 def still_statistics(norms: Iterable[_NormBase]) -> Iterator[None]:
     """Norms in training go by their batch as ever, but leave their running statistics as they are."""
-    tracking = [norm for norm in norms if norm.training and norm.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = False
+    kept = []
+    for norm in norms:
+        if norm.training and norm.track_running_stats:
+            counts = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
+            kept.append((norm, norm.momentum, [(count, count.clone()) for count in counts]))
+            norm.momentum = 0.0  # and not track_running_stats, without which a checkpoint would find other tensors
     try:
         yield
     finally:
-        for norm in tracking:
-            norm.track_running_stats = True
+        for norm, momentum, counts in kept:
+            norm.momentum = momentum
+            for count, value in counts:
+                count.copy_(value)
 
 
 def is_trained(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ Each loss belongs to a stage and is walked back, its gradients taken and its gra
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, final
 
@@ -373,7 +373,7 @@ class Rule(nn.Module, ABC):
                 "scale=scaler.get_scale()), or take bfloat16",
                 stacklevel=2,
             )
-        x, inputs = _leaves(x)
+        x, inputs = self._own_leaves(x)
         wanted = [*(p for p in self.parameters() if p.requires_grad), *inputs]
         gradients: dict[Tensor, Tensor] = {}
 
@@ -382,7 +382,6 @@ class Rule(nn.Module, ABC):
 
         step = self._taken(x, y, walk, Step(scale=scale))
         gradients = {inputs.get(tensor, tensor): step.unscaled(gradient) for tensor, gradient in gradients.items()}
-        self._check_inputs(inputs.values(), gradients)
         if not gradients:  # while a pipeline fills a step may move nothing; its loss can be walked back all the same
             gradients[step.loss.new_zeros(()).requires_grad_()] = step.loss.new_zeros(())
         step.loss = attach_gradients(step.loss, list(gradients), list(gradients.values()))
@@ -411,20 +410,26 @@ class Rule(nn.Module, ABC):
                 "DistributedDataParallel(rule, find_unused_parameters=True), and call that"
             )
 
-        x, inputs = _leaves(x)
+        x, inputs = self._own_leaves(x)
         step = self._taken(x, y, _into_grad(scale), Step(scale=scale))
         found = {tensor: leaf.grad for leaf, tensor in inputs.items() if leaf.grad is not None}
-        self._check_inputs(inputs.values(), found)
         torch.autograd.backward(list(found), list(found.values()))
         return step
 
-    def _check_inputs(self, inputs: Collection[Tensor], found: Collection[Tensor]) -> None:
-        """Raises ValueError if inputs want a gradient, and this step has found none."""
-        if inputs and not any(tensor in found for tensor in inputs):
+    @property
+    def input_waits(self) -> bool:
+        """Whether the gradient of a batch's input comes in a later step."""
+        return self.late
+
+    def _own_leaves(self, x: Any) -> tuple[Any, dict[Tensor, Tensor]]:
+        """As ``_leaves``; raises ValueError if inputs require gradients that come in a later step."""
+        x, inputs = _leaves(x)
+        if inputs and self.input_waits:
             raise ValueError(
                 f"the input requires gradients, and by {type(self).__name__} those of a batch come in later steps: make "
                 "what computes the input part of the embed, or hand over x.detach()"
             )
+        return x, inputs
 
     @final
     def stage_backward(
@@ -597,8 +602,8 @@ class Rule(nn.Module, ABC):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Stages are views, made again where they are needed.
-        return {**self.__dict__, "_cut": None}
+        # Stages are views, made again where they are needed; a copy is not compiled, as of any module of torch.
+        return {**self.__dict__, "_cut": None, "_compiled": None}
 
 
 def walk_back(losses: Iterator[StageLoss], step: Step) -> None:
@@ -624,16 +629,16 @@ def _into_grad(scale: Tensor | float) -> Callable[[StageLoss], None]:
 
 def _leaves(x: Any) -> tuple[Any, dict[Tensor, Tensor]]:
     """A batch of inputs as leaves of its own graph, each with the tensor in its place, of those that require gradients."""
-    origins: dict[Tensor, Tensor] = {}
+
+    leaves: dict[Tensor, Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
-            origin, tensor = tensor, tensor.detach().requires_grad_()
-            origins[tensor] = origin
-        return tensor
+        if tensor.requires_grad and tensor not in leaves:  # one that occurs twice gathers both gradients
+            leaves[tensor] = tensor.detach().requires_grad_()
+        return leaves.get(tensor, tensor)
 
     cut = map_tensors(leaf, x)
-    return (cut, origins) if origins else (x, origins)
+    return (cut if leaves else x), {leaf: tensor for tensor, leaf in leaves.items()}
 
 
 def _narrow(x: Any) -> bool:

@@ -346,7 +346,7 @@ class TestWords:
             ({"sweeps": 0}, "sweeps must be at least 1; got 0"),
             ({"credit_sweeps": -1}, "credit_sweeps must not be negative; got -1"),
             ({"tolerance": -0.1}, "tolerance must not be negative; got -0.1"),
-            ({"tolerance": float("nan")}, "tolerance must not be negative"),
+            ({"tolerance": float("nan")}, "tolerance must be at least 0; got nan"),
             ({"guess": "nonsense"}, "guess is one of ahead, mean, tree, star; got 'nonsense'"),
             ({"coarse": "nonsense"}, "coarse is one of skip, none; got 'nonsense'"),
         ],

@@ -16,6 +16,7 @@ from hbll.carry import Carry, own_copy
 from hbll.cut import Stage, fresh_copy
 from hbll.engine import Engine, Evaluation, make_engine, stack
 from hbll.losses import wide
+from hbll.modes import batch_norms, still_statistics
 from hbll.rule import StageLoss, Step, attach_gradients
 from hbll.rules.composed import Batch, Choice, Cut, EngineChoice
 from hbll.tree import Tree
@@ -205,7 +206,8 @@ class AheadGuess(Guess):
         if batch and not due:
             return self._in_order(cut, batch, step)
         step.batch = first["x"], first["y"]
-        own = replace(Batch.of(cut.network, *step.batch, step), late=True)
+        with still_statistics(batch_norms(cut.network.embed)):  # which has seen the batch
+            own = replace(Batch.of(cut.network, *step.batch, step), late=True)
         return Guessed(own, torch.stack(first["states"][1:]), 0)
 
     @staticmethod

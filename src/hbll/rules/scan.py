@@ -8,7 +8,7 @@ both sweeps in one step of training, and an end by tolerance.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -276,6 +276,10 @@ class Scan(Composed):
             loss=loss,
             engine=engine,
         )
+
+    @property
+    def input_waits(self) -> bool:
+        return cast("ScanStates", self.states).guess.waits
 
     @torch.no_grad()
     def predict(self, x: Any, sweeps: int) -> Any:
