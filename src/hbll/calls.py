@@ -102,14 +102,18 @@ def picked(context: Context, taken: frozenset[str] | None) -> dict[str, Any]:
 
 def takes(module: nn.Module) -> frozenset[str] | None:
     """The keywords that a module's forward names; None if it takes any."""
-    forward = module.function if isinstance(module, Part) else module.forward
+    forward = _forward(module)
     method = getattr(forward, "__func__", None)
     return _keywords(forward, 1) if method is None else _keywords_of_method(method)
 
 
 def names(module: nn.Module, keyword: str) -> bool:
     """Whether a module's forward names a keyword, whatever else it takes."""
-    return keyword in inspect.signature(module.function if isinstance(module, Part) else module.forward).parameters
+    return any(parameter.name == keyword for parameter in _parameters(_forward(module)))
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    return module.function if isinstance(module, Part) else module.forward
 
 
 @lru_cache(maxsize=1024)  # asked for with every token that is generated; of classes there are few
@@ -119,14 +123,18 @@ def _keywords_of_method(method: Callable[..., Any]) -> frozenset[str] | None:
 
 def _keywords(function: Callable[..., Any], first: int) -> frozenset[str] | None:
     """The keywords that a function names after so many arguments; None if it takes any."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:  # a built-in function, such as torch.tanh
-        return frozenset()
+    parameters = _parameters(function)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return frozenset(p.name for p in (*by_place[first:], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)))
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:  # a built-in function, such as torch.tanh
+        return []
 
 
 def check_tensor(name: str, output: object) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["Carry", "concatenate", "map_tensors", "own_copy", "tensor_bytes"]
+__all__ = ["Carry", "concatenate", "gathering", "map_tensors", "own_copy", "tensor_bytes"]
 
 
 class Carry:
@@ -41,6 +41,18 @@ class Carry:
 def map_tensors(change: Callable[[Tensor], Tensor], nest: Any) -> Any:
     """The same nest of dicts, lists and tuples with every tensor changed."""
     return _pytree.tree_map_only(Tensor, change, nest)
+
+
+def gathering(nest: Any) -> tuple[Any, dict[Tensor, Tensor]]:
+    """The same nest with leaves, which gather gradients, in place of the tensors that require some; the leaf of each."""
+    leaves: dict[Tensor, Tensor] = {}
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad and tensor not in leaves:  # one that occurs twice gathers both gradients
+            leaves[tensor] = tensor.detach().requires_grad_()
+        return leaves.get(tensor, tensor)
+
+    return map_tensors(leaf, nest), leaves
 
 
 def tensor_bytes(nest: Any) -> int:

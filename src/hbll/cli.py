@@ -283,7 +283,7 @@ def train(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      train a network"""
     from hbll.distributed.launch import launched
     from hbll.train.console import train_shown
-    from hbll.train.run import check_same, open_run
+    from hbll.train.run import open_run
 
     recipe, options = _recipe_options("train", arguments, TrainOptions, open_run)
     name = f"{recipe.name}-{options.method}-s{options.seed}"
@@ -297,9 +297,8 @@ def train(arguments: Sequence[str]) -> None:
         put_together(_run_of(options, options.run_dir))
     if options.parallel != "none":
         _train_parallel(options, name)
-    if options.resume:  # before what is said of options that were not given
-        check_same(open_run(options.run_dir), _run_of(options, options.run_dir))
-    options.recipe.check([options.method])
+    if not options.resume:  # else options are those that were checked when the run began, or told to be others
+        options.recipe.check([options.method])
     with _folder(options.run_dir, name) as folder:
         train_shown(_run_of(options, folder), resume=options.resume)
 
@@ -381,7 +380,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     paths = evaluate_shown(options.run, names, every=every, **given)
     measures = open_run(options.run).recipe.measures
     plot = options.run / "paths.svg"
-    if every and not given["corruption"]:  # which would take the place of the run's own
+    plotted = every and not given["corruption"]  # which would take the place of the run's own
+    if plotted:
         from hbll.train.plots import by_cost
 
         write_atomically(plot, by_cost(paths, measures[0]))
@@ -389,7 +389,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(json.dumps({"paths": paths}))
     else:
         show_paths(paths, measures)
-        if every and not given["corruption"]:
+        if plotted:
             print(f"plot: {plot}")
 
 

@@ -206,12 +206,14 @@ class BatchedEngine(LoopEngine):
         with suppress(Exception), torch.no_grad(), _same_draws(state), _reads(block) as found:
             call(block, state, context)
             read = found
+        # Without what the forward itself changes, such as a counter.
+        after = {name: vars(module) for name, module in block.named_modules()}
+        steady = [(name, key) for name, key in read if before[name].get(key) is after[name].get(key)]
         known = self._read.setdefault(kind, {})
         for title, other, own in zip(self.names, self.blocks, self._kinds, strict=True):
-            for name, key in read if own == kind else ():
+            for name, key in steady if own == kind else ():
                 module = other.get_submodule(name)
-                changing = before[name].get(key) is not vars(block.get_submodule(name)).get(key)  # such as a counter
-                if key not in _TORCH_INTERNALS and not changing and _is_value(module, key):
+                if key not in _TORCH_INTERNALS and _is_value(module, key):
                     known.setdefault(f"{title}: {name}.{key}", (module, key, _snapshot(getattr(module, key))))
 
     def _check_read(self, kind: int) -> None:

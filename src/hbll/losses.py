@@ -30,6 +30,9 @@ of the same shape, 0 where a label is to be ignored, which every mean then respe
 IGNORED = -100
 """The class label that stands for none, as in torch's cross-entropy."""
 
+TORCHS = (nn.CrossEntropyLoss, nn.NLLLoss)
+"""torch's losses of classes."""
+
 
 def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax cross-entropy of class labels, per sample or per token; labels of -100 are ignored.
@@ -110,11 +113,18 @@ def check_labels(loss: Loss, scores: torch.Size, y: Any) -> None:
 
 def counts(loss: Loss, y: Any) -> Tensor | None:
     """Whether any label of a batch does, a scalar of 0 or 1; None where a loss is not known to leave labels out."""
+    ignored = _ignored(loss, y)
+    # A byte cannot hold what stands for none: compared with it, 156 would be that.
+    return None if ignored is None else (y.long() != ignored).any()
+
+
+def _ignored(loss: Loss, y: Any) -> int | None:
+    """The class label that a loss leaves out; None where it is not known to leave one out of such labels."""
     if not isinstance(y, Tensor):
         return None
-    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not y.is_floating_point():
-        return (y.long() != loss.ignore_index).any()
-    return (y.long() != IGNORED).any() if loss is cross_entropy else None
+    if isinstance(loss, TORCHS) and not y.is_floating_point():
+        return loss.ignore_index
+    return IGNORED if loss is cross_entropy else None
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
@@ -158,9 +168,10 @@ def _weighted(loss: Loss, values: Tensor, y: Any) -> tuple[Tensor, Tensor]:
     """Values and their weights, which torch's losses of classes have in them: ignored labels as 0, others times their
     class's weight."""
     weights = torch.ones_like(values)
-    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and isinstance(y, Tensor) and not y.is_floating_point():
-        y = y.long()  # a byte cannot hold what stands for none
-        counted = y != loss.ignore_index
+    ignored = _ignored(loss, y)
+    if isinstance(loss, TORCHS) and ignored is not None:
+        y = y.long()
+        counted = y != ignored
         weights = counted.to(values.dtype)
         if loss.weight is not None:
             weights = weights * loss.weight[torch.where(counted, y, 0)]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["batch_norms", "evaluating", "is_trained", "looking", "still_statistics"]
+__all__ = ["evaluating", "is_trained", "looking", "still_statistics", "tracking_norms"]
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def looking(module: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def batch_norms(module: nn.Module) -> tuple[_NormBase, ...]:
+def tracking_norms(module: nn.Module) -> tuple[_NormBase, ...]:
     """The parts of a module that keep running statistics."""
     return tuple(part for part in module.modules() if isinstance(part, _NormBase))
 

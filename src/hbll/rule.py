@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from hbll.calls import Context, Readout, refuse_in_place
-from hbll.carry import Carry, map_tensors, own_copy
+from hbll.carry import Carry, gathering, map_tensors, own_copy
 from hbll.cut import Stage, cut
 from hbll.losses import Loss, cross_entropy, mean_loss, wide
 from hbll.modes import evaluating, is_trained
@@ -422,14 +422,18 @@ class Rule(nn.Module, ABC):
         return self.late
 
     def _own_leaves(self, x: Any) -> tuple[Any, dict[Tensor, Tensor]]:
-        """As ``_leaves``; raises ValueError if inputs require gradients that come in a later step."""
-        x, inputs = _leaves(x)
-        if inputs and self.input_waits:
+        """A batch of inputs as leaves of its own graph, and of each leaf the tensor in whose place it is.
+
+        Raises:
+            ValueError: inputs require gradients, which come in a later step.
+        """
+        cut, leaves = gathering(x)
+        if leaves and self.input_waits:
             raise ValueError(
                 f"the input requires gradients, and by {type(self).__name__} those of a batch come in later steps: make "
                 "what computes the input part of the embed, or hand over x.detach()"
             )
-        return x, inputs
+        return cut, {leaf: tensor for tensor, leaf in leaves.items()}
 
     @final
     def stage_backward(
@@ -625,20 +629,6 @@ def _into_grad(scale: Tensor | float) -> Callable[[StageLoss], None]:
             loss.scaled(scale).value.backward()
 
     return walk
-
-
-def _leaves(x: Any) -> tuple[Any, dict[Tensor, Tensor]]:
-    """A batch of inputs as leaves of its own graph, each with the tensor in its place, of those that require gradients."""
-
-    leaves: dict[Tensor, Tensor] = {}
-
-    def leaf(tensor: Tensor) -> Tensor:
-        if tensor.requires_grad and tensor not in leaves:  # one that occurs twice gathers both gradients
-            leaves[tensor] = tensor.detach().requires_grad_()
-        return leaves.get(tensor, tensor)
-
-    cut = map_tensors(leaf, x)
-    return (cut if leaves else x), {leaf: tensor for tensor, leaf in leaves.items()}
 
 
 def _narrow(x: Any) -> bool:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hbll.calls import Context, check_shape
-from hbll.carry import Carry, map_tensors
+from hbll.carry import Carry, gathering
 from hbll.cut import Stage
 from hbll.engine import Engine, Evaluation, make_engine
 from hbll.losses import Loss, check_labels, check_prediction, counts, cross_entropy, mean_loss, takes_known_labels
-from hbll.modes import batch_norms, evaluating, still_statistics
+from hbll.modes import evaluating, still_statistics, tracking_norms
 from hbll.names import check_choice, check_number
 from hbll.network import Chain
 from hbll.rule import LateError, Rule, StageLoss, Step, attach_gradients
@@ -69,15 +69,10 @@ class Batch:
     @classmethod
     def of(cls, network: Chain, x: Any, y: Any, step: Step) -> "Batch":
         """Embeds a batch."""
+        state, context = network.embedded(x)
         leaves: dict[Tensor, Tensor] = {}
-
-        def gathering(tensor: Tensor) -> Tensor:
-            if tensor.requires_grad and not step.look:
-                leaves[tensor] = tensor.detach().requires_grad_()
-            return leaves.get(tensor, tensor)
-
-        embedded, context = network.embedded(x)
-        state, context = map_tensors(gathering, (embedded, dict(context)))
+        if not step.look:
+            (state, context), leaves = gathering((state, dict(context)))
         return cls(x, y, state, context, tuple(leaves), tuple(leaves.values()))
 
     @property
@@ -166,7 +161,7 @@ class Cut:
     def of(cls, network: Chain, stages: tuple[Stage, ...], choice: EngineChoice, pulls_back: bool) -> "Cut":
         """With an engine of a user's choice."""
         engine = make_engine(stages, [stage.title for stage in stages], choice)
-        norms = (*batch_norms(network.blocks), *batch_norms(network.head))
+        norms = (*tracking_norms(network.blocks), *tracking_norms(network.head))
         return cls(stages, network, Tree(len(stages) + 1), engine, choice, pulls_back, norms)
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hbll.calls import Readout
 from hbll.losses import Loss, cross_entropy
-from hbll.modes import batch_norms, still_statistics
+from hbll.modes import still_statistics, tracking_norms
 from hbll.names import check_choice, check_number
 from hbll.network import Chain
 from hbll.rule import StageLoss, Step
@@ -112,10 +112,10 @@ class ForwardForward(LocalRule):
 
     def unit_pass(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Each stage and its output on what comes to it, at unit length; with the graph of that stage alone."""
-        with still_statistics(batch_norms(self.network)):  # those of the chain are the ones to be deployed
+        with still_statistics(tracking_norms(self.network)):  # those of the chain are the ones to be deployed
             state, context = self.network.embedded(unit_length(x))
         for k, stage in enumerate(self.stages, 1):
-            with still_statistics(batch_norms(stage)):
+            with still_statistics(tracking_norms(stage)):
                 outputs = [(k, stage(state, **context))]
             state, context = unit_length(outputs[0][1].detach()), detached(context)
             yield outputs.pop()

@@ -16,7 +16,7 @@ from hbll.carry import Carry, own_copy
 from hbll.cut import Stage, fresh_copy
 from hbll.engine import Engine, Evaluation, make_engine, stack
 from hbll.losses import wide
-from hbll.modes import batch_norms, still_statistics
+from hbll.modes import still_statistics, tracking_norms
 from hbll.rule import StageLoss, Step, attach_gradients
 from hbll.rules.composed import Batch, Choice, Cut, EngineChoice
 from hbll.tree import Tree
@@ -206,7 +206,7 @@ class AheadGuess(Guess):
         if batch and not due:
             return self._in_order(cut, batch, step)
         step.batch = first["x"], first["y"]
-        with still_statistics(batch_norms(cut.network.embed)):  # which has seen the batch
+        with still_statistics(tracking_norms(cut.network.embed)):  # which has seen the batch
             own = replace(Batch.of(cut.network, *step.batch, step), late=True)
         return Guessed(own, torch.stack(first["states"][1:]), 0)
 

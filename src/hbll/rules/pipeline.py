@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hbll.carry import Carry, own_copy
 from hbll.losses import Loss, cross_entropy, wide
-from hbll.modes import batch_norms, still_statistics
+from hbll.modes import still_statistics, tracking_norms
 from hbll.network import Chain
 from hbll.rule import StageLoss, Step, attach_gradients
 from hbll.rules.composed import Batch, Composed, Credit, Cut, EngineChoice, Front, Targets, train_head
@@ -70,7 +70,7 @@ class LateCredit(Credit):
         # Nothing that arrives in this step depends on another arrival: all stages could do this at once.
         for n, gradient in arriving.items():
             if n == 0:
-                with still_statistics(batch_norms(cut.network.embed)):  # which has seen the batch
+                with still_statistics(tracking_norms(cut.network.embed)):  # which has seen the batch
                     embedded, _ = cut.network.embedded(waiting[0].pop(0))
                 if embedded.requires_grad:
                     yield StageLoss("embed", attach_gradients(gradient.new_zeros(()), [embedded], [gradient]))

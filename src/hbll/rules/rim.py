@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hbll.calls import Context, apply, check_shape, out_of_order
 from hbll.losses import Loss, mean_loss
-from hbll.modes import batch_norms, still_statistics
+from hbll.modes import still_statistics, tracking_norms
 from hbll.network import Chain
 from hbll.rule import Step
 
@@ -17,7 +17,7 @@ __all__ = ["rim_loss"]
 def rim_loss(network: Chain, state: Tensor, context: Context, y: Any, loss: Loss, step: Step) -> Tensor:
     """The mean loss of the head after every block of the rim, from the embedded state (B, ...) on; counted in the step."""
     rim, errors = network.tree.rim, []
-    with still_statistics(batch_norms(network)):  # those of the chain are the ones to be deployed
+    with still_statistics(tracking_norms(network)):  # those of the chain are the ones to be deployed
         for n in rim:
             with out_of_order(f"block {n}", state):
                 output = apply(f"block {n}", network.blocks[n - 1], state, context)

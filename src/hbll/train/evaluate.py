@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -28,8 +27,6 @@ TIMED_SECONDS = 0.1
 
 BATCH_SIZE = 1000
 """Labels predicted at once, of one sample at least: bounds the memory, changes no result."""
-
-NONE: Mapping[str, Any] = MappingProxyType({})
 
 OnBatch: TypeAlias = Callable[[int, int], None]
 """Is told how many batches are done, and how many there are."""
@@ -73,7 +70,7 @@ def evaluate_run(
     *,
     every: bool = False,
     best: bool = False,
-    corruption: Mapping[str, Any] = NONE,
+    corruption: Mapping[str, Any] | None = None,
     on_batch: OnBatch = lambda done, batches: None,
 ) -> list[PathResult]:
     """A run's network measured on the test samples along the paths of those names, or the usual ones.
@@ -109,12 +106,13 @@ def evaluate_run(
     return [result | cost for result, cost in zip(results, costs, strict=True)]
 
 
-def _corrupted(recipe: Recipe, corruption: Mapping[str, Any]) -> Recipe:
+def _corrupted(recipe: Recipe, corruption: Mapping[str, Any] | None) -> Recipe:
     """The recipe with other test samples; ValueError if it has none to corrupt."""
-    for option in corruption:
+    options = corruption or {}
+    for option in options:
         if not hasattr(recipe, option):
             raise ValueError(f"{flag(option)} is of images, and {recipe.name} has none: leave it out")
-    return replace(recipe, **corruption)
+    return replace(recipe, **options)
 
 
 def evaluate_exits(
@@ -122,7 +120,7 @@ def evaluate_exits(
     losses: Sequence[float],
     data_dir: FilePath | None = None,
     best: bool = False,
-    corruption: Mapping[str, Any] = NONE,
+    corruption: Mapping[str, Any] | None = None,
 ) -> list[ExitResult]:
     """What leaving a run's classifier at the first readout that is sure enough comes to.
 
