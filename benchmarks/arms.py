@@ -4,7 +4,7 @@ An arm is made in every process; its ``run`` takes so many training steps. ``ARM
 function of a configuration that returns an ``Arm``, or one sentence that says why it cannot be.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -231,14 +231,9 @@ class TwoVersions:
     theta_{t+1} = theta_t - u(grad L(theta_{t-1}, batch t)) (Narayanan et al., arXiv 2006.09503).
     """
 
-    def __init__(self, config: Config, micros: int) -> None:
-        self.config, self.micros = config, micros
-        self.network = config.network()
-        self.piece = Piece(self.network, sizes_of(config.blocks, config.world), config.rank)
-        self.optimizer = config.optimizer(self.piece.parameters())
+    def __init__(self, piece: Piece, rank: int, world: int, micros: int) -> None:
+        self.piece, self.rank, self.world, self.micros = piece, rank, world, micros
         self.versions = {0: self._version()}
-        x, y = config.data()
-        self.x, self.y = x.chunk(micros), y.chunk(micros)
         self.held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.begun = 0
         """Steps taken in earlier runs."""
@@ -249,56 +244,43 @@ class TwoVersions:
     def _used(self, step: int) -> dict[str, Tensor]:
         return self.versions[max(0, self.begun + step - 1)]
 
-    def perform(self, op: Op, received: Mapping[Op, Tensor]) -> Tensor | None:
-        first, last = op.stage == 0, op.stage == self.config.world - 1
-        match op.kind:
-            case "F":
-                state = self.x[op.micro] if first else next(iter(received.values())).requires_grad_()
-                output = torch.func.functional_call(self.piece, self._used(op.step), (state,))
-                if last:
-                    output = loss_of(output, self.y[op.micro]) / self.micros
-                self.held[op.step, op.micro] = state, output
-                return output.detach()
-            case "B":
-                state, output = self.held.pop((op.step, op.micro))
-                output.backward(None if last else next(iter(received.values())))
-                return state.grad
-        step = self.begun + op.step
-        used = self._used(op.step)
+    def run(self, batches: Sequence[tuple[Tensor, Tensor]], update: Callable[[], None], state: Tensor) -> None:
+        """Steps on batches, the last of which is ended.
+
+        Args:
+            update: moves the piece's parameters by their gradients.
+            state: like what crosses between stages for a micro-batch.
+        """
+        parts = [(x.chunk(self.micros), y.chunk(self.micros)) for x, y in batches]
+
+        def perform(op: Op, received: Mapping[Op, Tensor]) -> Tensor | None:
+            first, last = op.stage == 0, op.stage == self.world - 1
+            match op.kind:
+                case "F":
+                    given = parts[op.step][0][op.micro] if first else next(iter(received.values())).requires_grad_()
+                    output = torch.func.functional_call(self.piece, self._used(op.step), (given,))
+                    if last:
+                        output = loss_of(output, parts[op.step][1][op.micro]) / self.micros
+                    self.held[op.step, op.micro] = given, output
+                    return output.detach()
+                case "B":
+                    given, output = self.held.pop((op.step, op.micro))
+                    output.backward(None if last else next(iter(received.values())))
+                    return given.grad
+            self._update(op.step, update)
+            return None
+
+        schedule = schedules.one_f_one_b(self.world, self.micros, len(batches), flush=False)
+        processes.execute(schedule, self.rank, perform, lambda op: torch.empty_like(state))
+        self.begun += len(batches)
+
+    def _update(self, step: int, update: Callable[[], None]) -> None:
+        used, now = self._used(step), self.begun + step
         for name, parameter in self.piece.named_parameters():
             parameter.grad, used[name].grad = used[name].grad, None
-        self.optimizer.step()
-        self.versions[step + 1] = self._version()
-        self.versions = {number: version for number, version in self.versions.items() if number >= step}
-        return None
-
-    def run(self, steps: int) -> None:
-        schedule = schedules.one_f_one_b(self.config.world, self.micros, steps, flush=False)
-        shape = (self.config.batch // self.micros, self.config.context, self.config.width)
-        processes.execute(
-            schedule, self.config.rank, self.perform, lambda op: torch.empty(shape, dtype=self.config.dtype)
-        )
-        self.begun += steps
-
-    def check(self) -> float:
-        """Against one process that has the same weights and is late by the same step."""
-        self.run(2)
-        self.run(3)
-        alone = self.config.network()
-        x, y = self.config.data()
-        parameters = list(alone.parameters())
-        versions = [[p.detach().clone() for p in parameters]]
-        for step in range(5):
-            now = [p.detach().clone() for p in parameters]
-            for parameter, old in zip(parameters, versions[max(0, step - 1)], strict=True):
-                parameter.data.copy_(old)
-            found = torch.autograd.grad(loss_of(alone(x), y), parameters)
-            for parameter, new, gradient in zip(parameters, now, found, strict=True):
-                parameter.data.copy_(new - 0.1 * gradient)
-            versions.append([p.detach().clone() for p in parameters])
-        own = {id(p) for p in self.piece.parameters()}
-        held = {name: p.detach() for name, p in self.network.named_parameters() if id(p) in own}
-        return difference(held, {name: p.detach() for name, p in alone.named_parameters()}, self.config)
+        update()
+        self.versions[now + 1] = self._version()
+        self.versions = {number: version for number, version in self.versions.items() if number >= now}
 
 
 def two_versions(config: Config, micros: int) -> Arm | str:
@@ -311,8 +293,36 @@ def two_versions(config: Config, micros: int) -> Arm | str:
         return f"a batch of {config.batch} cannot be split into {micros}"
     if micros < config.world:
         return f"it needs as many micro-batches as processes, {config.world}"
-    stage = TwoVersions(config, micros)
-    return Arm(stage.run, stage.check)
+    network = config.network()
+    piece = Piece(network, sizes_of(config.blocks, config.world), config.rank)
+    stage = TwoVersions(piece, config.rank, config.world, micros)
+    batch, optimizer = config.data(), config.optimizer(piece.parameters())
+    state = torch.empty(config.batch // micros, config.context, config.width, dtype=config.dtype)
+
+    def run(steps: int) -> None:
+        stage.run([batch] * steps, optimizer.step, state)
+
+    def check() -> float:
+        """Against one process that has the same weights and is late by the same step."""
+        run(2)
+        run(3)
+        alone = config.network()
+        x, y = batch
+        parameters = list(alone.parameters())
+        versions = [[p.detach().clone() for p in parameters]]
+        for step in range(5):
+            now = [p.detach().clone() for p in parameters]
+            for parameter, old in zip(parameters, versions[max(0, step - 1)], strict=True):
+                parameter.data.copy_(old)
+            found = torch.autograd.grad(loss_of(alone(x), y), parameters)
+            for parameter, new, gradient in zip(parameters, now, found, strict=True):
+                parameter.data.copy_(new - 0.1 * gradient)
+            versions.append([p.detach().clone() for p in parameters])
+        own = {id(p) for p in piece.parameters()}
+        held = {name: p.detach() for name, p in network.named_parameters() if id(p) in own}
+        return difference(held, {name: p.detach() for name, p in alone.named_parameters()}, config)
+
+    return Arm(run, check)
 
 
 def diloco(config: Config, every: int) -> Arm | str:

@@ -5,8 +5,9 @@
     python benchmarks/wallclock.py table FILE
 
 The networks and data of benchmarks/full_depth.py by Muon with a one-cycle schedule, the same batches in the same order for
-all, a thread a process (two for `bp, two threads`). An arm is a rule and its options as there, a stage in each process; or
-`DDP`; `1F1B`, with m=4 micro-batches unless it says another number; `DiLoCo H=50`. Replicas split every batch between them.
+all, a thread a process (of `bp threads=2` two). An arm is a rule and its options as there, a stage in each process; or
+`DDP`; `1F1B` and `2BW`, with m=4 micro-batches unless they say another number; `DiLoCo H=50`. With `ef` there is error
+feedback. Replicas split every batch between them.
 Metrics are of the whole network, put together in the first process (of DiLoCo the mean of the replicas) while the clock
 stands still: loss of texts, accuracy of images. The table says when each arm is first as good, on held-out samples, as
 backpropagation is at its end with the same seed: seconds and samples, linear between two looks.
@@ -31,7 +32,7 @@ import ledger
 import processes
 import torch
 import torch.distributed as dist
-from arms import Piece, loss_of, sizes_of
+from arms import Piece, TwoVersions, loss_of, sizes_of
 from gate import gate
 from leaderboard import accuracy, groups
 from torch import Tensor, nn
@@ -47,6 +48,13 @@ SETTING = ("task", "blocks", "width", "batch_size", "train_samples", "steps", "r
 """What runs that are compared have in common."""
 
 
+Batch = tuple[Tensor, Tensor]
+Optimize = Callable[[hbll.Rule, nn.Module], list[torch.optim.Optimizer]]
+"""Makes the optimizers of a module's parameters, each by the kind of part that it is of in the rule's network."""
+Learn = Callable[[Sequence[Batch], Callable[[], None]], None]
+"""Trains on batches; calls the second argument for every step of the optimizers, once gradients are there."""
+
+
 def nothing() -> None:
     pass
 
@@ -57,13 +65,9 @@ class Trained:
 
     network: hbll.Chain
     optimizers: Sequence[torch.optim.Optimizer]
-    walk: Callable[[Tensor, Tensor], None]
-    """Gradients of a batch."""
     clip: Callable[[], None]
-    after: Callable[[], None] = nothing
-    """What follows the optimizers' step."""
-    drain: Callable[[], None] = nothing
-    """Ends what processes have under way, before they are looked at; the clock runs."""
+    learn: Learn
+    """Trains on batches, one after the other; nothing is under way when it ends."""
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     """While it is entered the network of the first process is whole."""
     finish: Callable[[], None] = nothing
@@ -72,8 +76,30 @@ class Trained:
     """Whether the first process trains by itself."""
 
 
-def optimizers_of(rule: hbll.Rule, rate: float, module: nn.Module) -> list[torch.optim.Optimizer]:
-    return make_optimizers(rule, "muon", rate, full_depth.WEIGHT_DECAY, parameters=module.parameters())
+def in_turn(
+    module: nn.Module,
+    walk: Callable[[Tensor, Tensor], None],
+    after: Callable[[], None] = nothing,
+    drain: Callable[[], None] = nothing,
+) -> Learn:
+    """A step a batch.
+
+    Args:
+        module: what this process trains.
+        walk: gradients of a batch.
+        after: what follows the optimizers' step.
+        drain: ends what processes have under way.
+    """
+
+    def learn(batches: Sequence[Batch], update: Callable[[], None]) -> None:
+        for x, y in batches:
+            module.zero_grad()
+            walk(x, y)
+            update()
+            after()
+        drain()
+
+    return learn
 
 
 def clipping(module: nn.Module) -> Callable[[], None]:
@@ -85,14 +111,14 @@ def clipping(module: nn.Module) -> Callable[[], None]:
     return clip
 
 
-def backpropagation(network: hbll.Chain, rate: float, threads: int) -> Trained:
+def backpropagation(network: hbll.Chain, optimize: Optimize, threads: int = 1) -> Trained:
     """In the first process."""
 
     def walk(x: Tensor, y: Tensor) -> None:
         loss_of(network(x), y).backward()
 
-    optimizers = optimizers_of(hbll.make_rule("bp", network), rate, network)
-    return Trained(network, optimizers, walk, clipping(network), threads=threads, alone=True)
+    optimizers = optimize(hbll.make_rule("bp", network), network)
+    return Trained(network, optimizers, clipping(network), in_turn(network, walk), threads=threads, alone=True)
 
 
 def share() -> slice:
@@ -100,19 +126,34 @@ def share() -> slice:
     return slice(dist.get_rank(), None, dist.get_world_size())
 
 
-def data_parallel(network: hbll.Chain, rate: float) -> Trained:
+def data_parallel(network: hbll.Chain, optimize: Optimize) -> Trained:
     wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def walk(x: Tensor, y: Tensor) -> None:
         loss_of(wrapped(x[share()]), y[share()]).backward()
 
-    return Trained(network, optimizers_of(hbll.make_rule("bp", network), rate, network), walk, clipping(network))
+    optimizers = optimize(hbll.make_rule("bp", network), network)
+    return Trained(network, optimizers, clipping(network), in_turn(network, walk))
 
 
-def pipeline(network: hbll.Chain, rate: float, m: int = 4) -> Trained:
+def pieces_of(network: hbll.Chain) -> list[Piece]:
+    """The network cut over the processes."""
+    world = dist.get_world_size()
+    return [Piece(network, sizes_of(len(network.blocks), world), place) for place in range(world)]
+
+
+@contextmanager
+def put_together(pieces: Sequence[Piece]) -> Iterator[None]:
+    """Every process has all pieces as their owners have them."""
+    for place, piece in enumerate(pieces):
+        for parameter in piece.parameters():
+            dist.broadcast(parameter.detach(), place)
+    yield
+
+
+def pipeline(network: hbll.Chain, optimize: Optimize, m: int = 4) -> Trained:
     """1F1B by torch, on m micro-batches; a stage's optimizer has its matrices whole, and gradients are clipped together."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    pieces = [Piece(network, sizes_of(len(network.blocks), world), place) for place in range(world)]
+    rank, world, pieces = dist.get_rank(), dist.get_world_size(), pieces_of(network)
     own = list(pieces[rank].parameters())
     stage = PipelineStage(pieces[rank], rank, world, torch.device("cpu"))
     schedule: Any = Schedule1F1B(stage, m, loss_fn=loss_of)
@@ -127,18 +168,27 @@ def pipeline(network: hbll.Chain, rate: float, m: int = 4) -> Trained:
         dist.all_reduce(squares)
         nn.utils.clip_grads_with_norm_(own, 1.0, squares.sqrt())
 
-    @contextmanager
-    def whole() -> Iterator[None]:
-        for place, piece in enumerate(pieces):
-            for parameter in piece.parameters():
-                dist.broadcast(parameter.detach(), place)
-        yield
-
-    optimizers = optimizers_of(hbll.make_rule("bp", network), rate, pieces[rank])
-    return Trained(network, optimizers, walk, clip, whole=whole)
+    optimizers = optimize(hbll.make_rule("bp", network), pieces[rank])
+    learn = in_turn(pieces[rank], walk)
+    return Trained(network, optimizers, clip, learn, whole=partial(put_together, pieces))
 
 
-def diloco(network: hbll.Chain, rate: float, H: int) -> Trained:
+def late_pipeline(network: hbll.Chain, optimize: Optimize, m: int = 4) -> Trained:
+    """2BW on m micro-batches: a pipeline without a flush, whose gradients are late by a step. Each stage clips its own, for
+    the norm of all would be there only when the first has ended its step, and the others would wait for it."""
+    rank, world, pieces = dist.get_rank(), dist.get_world_size(), pieces_of(network)
+    stage = TwoVersions(pieces[rank], rank, world, m)
+
+    def learn(batches: Sequence[Batch], update: Callable[[], None]) -> None:
+        with torch.no_grad():
+            state = network.embed(batches[0][0].chunk(m)[0])
+        stage.run(batches, update, state)
+
+    optimizers = optimize(hbll.make_rule("bp", network), pieces[rank])
+    return Trained(network, optimizers, clipping(pieces[rank]), learn, whole=partial(put_together, pieces))
+
+
+def diloco(network: hbll.Chain, optimize: Optimize, H: int) -> Trained:
     """Replicas that meet every H steps."""
     parameters = list(network.parameters())
     outer = DiLoCo(parameters, every=H)
@@ -157,11 +207,11 @@ def diloco(network: hbll.Chain, rate: float, H: int) -> Trained:
         for parameter, value in zip(parameters, own, strict=True):
             parameter.detach().copy_(value)
 
-    optimizers = optimizers_of(hbll.make_rule("bp", network), rate, network)
-    return Trained(network, optimizers, walk, clipping(network), outer.step, whole=whole)
+    optimizers = optimize(hbll.make_rule("bp", network), network)
+    return Trained(network, optimizers, clipping(network), in_turn(network, walk, outer.step), whole=whole)
 
 
-def local_stages(network: hbll.Chain, rate: float, name: str, options: dict[str, Any]) -> Trained:
+def local_stages(network: hbll.Chain, optimize: Optimize, name: str, options: dict[str, Any]) -> Trained:
     """A stage in every process, which learns by itself."""
     worker = Worker(hbll.make_rule(name, network, engine="loop", **options))
 
@@ -173,30 +223,32 @@ def local_stages(network: hbll.Chain, rate: float, name: str, options: dict[str,
     def walk(x: Tensor, y: Tensor) -> None:
         worker.backward(x, y)
 
-    optimizers = optimizers_of(worker.rule, rate, worker.module)
-    clip = clipping(worker.module)
-    return Trained(network, optimizers, walk, clip, drain=worker.drain, whole=whole, finish=worker.close)
+    learn = in_turn(worker.module, walk, drain=worker.drain)
+    optimizers = optimize(worker.rule, worker.module)
+    return Trained(network, optimizers, clipping(worker.module), learn, whole=whole, finish=worker.close)
 
 
 RIVALS: dict[str, Callable[..., Trained]] = {
-    "bp": partial(backpropagation, threads=1),
+    "bp": backpropagation,
     "DDP": data_parallel,
     "1F1B": pipeline,
+    "2BW": late_pipeline,
     "DiLoCo": diloco,
 }
 """The arms that are not rules in stages."""
 
-THREADS = "bp, two threads"
-
 
 def made(arm: str, network: hbll.Chain, rate: float) -> Trained:
     """An arm by its name."""
-    if arm == THREADS:
-        return backpropagation(network, rate, threads=2)
-    name, options, _ = full_depth.parsed(arm, network)
+    name, options, feedback = full_depth.parsed(arm, network)
+
+    def optimize(rule: hbll.Rule, module: nn.Module) -> list[torch.optim.Optimizer]:
+        decay, parameters = full_depth.WEIGHT_DECAY, module.parameters()
+        return make_optimizers(rule, "muon", rate, decay, error_feedback=feedback, parameters=parameters)
+
     if name in RIVALS:
-        return RIVALS[name](network, rate, **options)
-    return local_stages(network, rate, name, options)
+        return RIVALS[name](network, optimize, **options)
+    return local_stages(network, optimize, name, options)
 
 
 def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -208,6 +260,13 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     schedules = full_depth.one_cycle(arm.optimizers, job["rate"], steps)
     batches = task.batches(job["seed"], torch.device("cpu"))
     seconds, curve, test = 0.0, [], math.nan
+
+    def update() -> None:
+        arm.clip()
+        for optimizer, schedule in zip(arm.optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+
     ends = [round(steps * look / looks) for look in range(looks + 1)]
     for begin, end in itertools.pairwise(ends):
         seen = list(itertools.islice(batches, end - begin))
@@ -215,16 +274,7 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         if first or not arm.alone:
             torch.set_num_threads(arm.threads)
-            for x, y in seen:
-                for optimizer in arm.optimizers:
-                    optimizer.zero_grad()
-                arm.walk(x, y)
-                arm.clip()
-                for optimizer, schedule in zip(arm.optimizers, schedules, strict=True):
-                    optimizer.step()
-                    schedule.step()
-                arm.after()
-            arm.drain()
+            arm.learn(seen, update)
             torch.set_num_threads(1)
         seconds += processes.largest(time.perf_counter() - began, torch.device("cpu"))
         with arm.whole():
@@ -373,7 +423,7 @@ def train(options: argparse.Namespace) -> None:
     processes.leave()
 
 
-ARMS = ["bp", THREADS, "DDP", "1F1B", "DiLoCo H=50", "DiLoCo H=500"]
+ARMS = ["bp", "bp threads=2", "DDP", "1F1B", "2BW ef", "DiLoCo H=50", "DiLoCo H=500"]
 ARMS += ["stream (3,4) copies", "stream (3,4) copies readout_depth=2", "solo (2,5) refresh=16"]
 
 
@@ -406,7 +456,7 @@ def main() -> int:
     if not missing(known, options):
         report(known, options)
         return 0
-    gate({arm.replace(",", " ").split()[0] for arm in options.arms} - RIVALS.keys() | {"bp"})
+    gate({arm.split()[0] for arm in options.arms} - RIVALS.keys() | {"bp"})
     return processes.launch(2)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -373,8 +374,9 @@ class TestTimes:
         ]
 
     def test_arms_train_what_they_say(self, tmp_path):
-        """DDP and 1F1B are backpropagation; replicas that have never met are two runs on half of each batch, of which the
-        mean is measured. What stands in the file is not made again."""
+        """DDP and 1F1B are backpropagation; 2BW is a network in two pieces whose gradients are those of the weights before
+        the last update; replicas that have never met are two runs on half of each batch, of which the mean is measured. What
+        stands in the file is not made again."""
         import full_depth
         from wallclock import SETTING
 
@@ -383,8 +385,17 @@ class TestTimes:
 
         (tmp_path / "tinyshakespeare").mkdir()
         (tmp_path / "tinyshakespeare" / "input.txt").write_text("to be or not to be. " * 400)
-        known = "bp, two threads"
-        arms = ["bp", known, "DDP", "1F1B m=2", "DiLoCo H=99", "solo (1,2) refresh=2", "stream (1,2) copies"]
+        known = "bp threads=2"
+        arms = [
+            "bp",
+            known,
+            "DDP",
+            "1F1B m=2",
+            "2BW m=2 ef",
+            "DiLoCo H=99",
+            "solo (1,2) refresh=2",
+            "stream (1,2) copies",
+        ]
         setting = {"blocks": 3, "width": 4, "batch_size": 4, "steps": 4, "rate": 0.01, "looks": 2}
         stored = {"task": "characters", "train_samples": None, "rule": known, "seed": 0, **setting}
         stored |= {"metric": "loss", "test": 5.0, "curve": curve(6.0, 5.0)}
@@ -405,29 +416,59 @@ class TestTimes:
 
         options = argparse.Namespace(data_dir=tmp_path, batch_size=4)
         task = full_depth.Characters(options, torch.device("cpu"))
-        replicas, seen = [], list(itertools.islice(task.batches(0, torch.device("cpu")), 4))
-        for rank in range(2):
+        seen = list(itertools.islice(task.batches(0, torch.device("cpu")), 4))
+
+        def trained(gradients, parts=lambda network: [network], feedback=False):
+            """A network whose parts are each clipped and moved by themselves, after so many calls of ``gradients``."""
             torch.manual_seed(0)
-            replicas.append(task.network(3, 4))
-            rule = make_rule("bp", replicas[-1])
-            optimizers = make_optimizers(rule, "muon", 0.01, full_depth.WEIGHT_DECAY)
-            rates = [
-                torch.optim.lr_scheduler.OneCycleLR(o, 0.01, 4, pct_start=0.05, cycle_momentum=False)
-                for o in optimizers
-            ]
+            network = task.network(3, 4)
+            rule, updates = make_rule("bp", network), []
+            for part in parts(network):
+                decay, own = full_depth.WEIGHT_DECAY, list(part.parameters())
+                optimizers = make_optimizers(rule, "muon", 0.01, decay, error_feedback=feedback, parameters=own)
+                rates = [
+                    torch.optim.lr_scheduler.OneCycleLR(o, 0.01, 4, pct_start=0.05, cycle_momentum=False)
+                    for o in optimizers
+                ]
+                updates.append((own, optimizers, rates))
             for x, y in seen:
                 rule.zero_grad()
-                torch.nn.functional.cross_entropy(
-                    replicas[-1](x[rank::2]).flatten(0, 1), y[rank::2].flatten()
-                ).backward()
-                torch.nn.utils.clip_grad_norm_(rule.parameters(), 1.0)
-                for optimizer, rate in zip(optimizers, rates, strict=True):
-                    optimizer.step()
-                    rate.step()
+                gradients(network, x, y)
+                for own, optimizers, rates in updates:
+                    torch.nn.utils.clip_grad_norm_(own, 1.0)
+                    for optimizer, rate in zip(optimizers, rates, strict=True):
+                        optimizer.step()
+                        rate.step()
+            return network
+
+        def loss(network, x, y):
+            return torch.nn.functional.cross_entropy(network(x).flatten(0, 1), y.flatten())
+
+        replicas = [
+            trained(lambda network, x, y, r=rank: loss(network, x[r::2], y[r::2]).backward()) for rank in (0, 1)
+        ]
         with torch.no_grad():
             for p, q in zip(*(replica.parameters() for replica in replicas), strict=True):
                 p.add_(q).div_(2)
         assert lines["DiLoCo H=99"]["test"] == pytest.approx(task.measure(replicas[0], "test"), rel=1e-5)
+
+        before = []
+
+        def late(network, x, y):
+            """The gradient at the weights as they were before the last update."""
+            old = copy.deepcopy(before[-1] if before else network)
+            before.append(copy.deepcopy(network))
+            loss(old, x, y).backward()
+            for p, q in zip(network.parameters(), old.parameters(), strict=True):
+                p.grad = q.grad
+
+        def halves(network):
+            parts = [network.embed, *network.blocks[:2]], [network.blocks[2], network.head]
+            return [torch.nn.ModuleList(part) for part in parts]
+
+        exact = task.measure(trained(late, halves, feedback=True), "test")
+        assert lines["2BW m=2 ef"]["test"] == pytest.approx(exact, rel=1e-5)
+        assert lines["bp"]["test"] != pytest.approx(exact, rel=1e-4)
 
 
 class TestTable1:
