@@ -8,7 +8,7 @@ import torch
 from hbll.recipes import RECIPES
 from hbll.rule import Rule
 from hbll.rules import RULES, make_rule
-from hbll.train import checkpoint, loop, metrics
+from hbll.train import checkpoint, evaluate, loop, metrics
 from hbll.train.divergence import DivergedError
 from hbll.train.evaluate import evaluate_run
 from hbll.train.hold import held
@@ -105,6 +105,30 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, recipe, method, s
     with pytest.raises(Interrupted):
         train(stopped, on_step=stop_at(step, press_ctrl_c))
     torch.manual_seed(99)  # another process would have other random numbers
+    train(stopped, resume=True)
+    assert outcome(stopped) == outcome(whole)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 9])
+def test_a_run_stopped_while_it_is_measured_ends_as_one_that_was_not(tmp_path, monkeypatch, batch):
+    """By the second batch of the test samples of an epoch, by the validation samples, in the last epoch: at once."""
+    monkeypatch.setattr(evaluate, "BATCH_SIZE", 200)
+    recipe = Shaken(**vars(replace(SMALL, validation_samples=100)))
+    whole, stopped = run_in(tmp_path / "whole", recipe, "scan"), run_in(tmp_path / "stopped", recipe, "scan")
+    batches = []
+    train(whole, on_batch=lambda done, of: batches.append((done, of)))
+    assert batches == 3 * [(1, 2), (2, 2), (1, 1)]
+    batches.clear()
+
+    def on_batch(done, of):
+        batches.append((done, of))
+        if len(batches) == batch:
+            press_ctrl_c()
+
+    with pytest.raises(Interrupted):
+        train(stopped, on_batch=on_batch)
+    assert len(batches) == batch
+    torch.manual_seed(99)
     train(stopped, resume=True)
     assert outcome(stopped) == outcome(whole)
 

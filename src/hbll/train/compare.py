@@ -11,7 +11,7 @@ from hbll.recipes import Recipe
 from hbll.train import metrics
 from hbll.train.device import device
 from hbll.train.divergence import DivergedError
-from hbll.train.evaluate import PathResult
+from hbll.train.evaluate import OnBatch, PathResult
 from hbll.train.hold import held
 from hbll.train.loop import train
 from hbll.train.memory import step_memory
@@ -90,6 +90,7 @@ def compare(
     resume: bool = False,
     on_run: Callable[[Run], None] = lambda run: None,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
+    on_batch: OnBatch = lambda done, batches: None,
 ) -> list[MethodResult]:
     """Trains every run that the comparison still lacks; the results, in the order of the methods, are kept with it.
 
@@ -99,7 +100,7 @@ def compare(
         comparison: what to compare.
         resume: go on with the comparison that lies in the folder; it may have got more methods or seeds.
         on_run: called before each run.
-        on_step: as for `train`.
+        on_step, on_batch: as for `train`.
 
     Raises:
         ValueError: the folder holds a comparison or a run and `resume` is off, or none or another one and it is on; another
@@ -109,7 +110,7 @@ def compare(
     _check_folder(comparison, resume)
     with held(comparison.folder):
         _check_folder(comparison, resume)  # again: another process may have come first
-        return _compare(comparison, on_run, on_step)
+        return _compare(comparison, on_run, on_step, on_batch)
 
 
 def _check_folder(comparison: Comparison, resume: bool) -> None:
@@ -136,7 +137,7 @@ def _check_goes_on(stored: Comparison, wanted: Comparison) -> None:
 
 
 def _compare(
-    comparison: Comparison, on_run: Callable[[Run], None], on_step: Callable[[int, int], None]
+    comparison: Comparison, on_run: Callable[[Run], None], on_step: Callable[[int, int], None], on_batch: OnBatch
 ) -> list[MethodResult]:
     stored = {
         "recipe": comparison.recipe.name,
@@ -151,7 +152,7 @@ def _compare(
         for run in comparison.runs(method):
             on_run(run)
             try:
-                train(run, resume=run.configuration_file.exists(), on_step=on_step)
+                train(run, resume=run.configuration_file.exists(), on_step=on_step, on_batch=on_batch)
             except DivergedError as error:
                 diverged[method] = error.step
                 break

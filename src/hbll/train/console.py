@@ -13,7 +13,7 @@ from hbll.generate import Generation
 from hbll.recipes import Measure
 from hbll.train import metrics
 from hbll.train.compare import Comparison, MethodResult, compare
-from hbll.train.evaluate import ExitResult, PathResult, evaluate_run
+from hbll.train.evaluate import ExitResult, OnBatch, PathResult, evaluate_run
 from hbll.train.loop import Interrupted, train
 from hbll.train.metrics import Metrics
 from hbll.train.run import Run
@@ -39,6 +39,7 @@ def train_shown(run: Run, *, resume: bool, by: Callable[..., None] = train) -> N
                 run,
                 resume=resume,
                 on_step=lambda done, steps: progress.update(bar, completed=done + 1, total=steps),
+                on_batch=measuring(progress),
                 on_epoch=on_epoch,
             )
         except Interrupted:
@@ -67,6 +68,7 @@ def compare_shown(comparison: Comparison, *, resume: bool) -> list[MethodResult]
                 resume=resume,
                 on_run=on_run,
                 on_step=lambda done, steps: progress.update(current, completed=done + 1, total=steps),
+                on_batch=measuring(progress),
             )
         except KeyboardInterrupt:  # between two runs as well as within one
             advice = _how_to_resume("compare", comparison.recipe.name, comparison.folder)
@@ -129,6 +131,16 @@ def progress_bars() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def measuring(progress: Progress) -> OnBatch:
+    """A bar that is there while an epoch's measures are taken."""
+    bar = progress.add_task("measuring", total=None, visible=False)
+
+    def on_batch(done: int, batches: int) -> None:
+        progress.update(bar, completed=done, total=batches, visible=done < batches)
+
+    return on_batch
 
 
 def _how_to_resume(command: str, recipe: str, folder: Path) -> str:

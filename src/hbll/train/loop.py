@@ -18,7 +18,7 @@ from hbll.train import checkpoint, metrics
 from hbll.train.descent import Descent
 from hbll.train.device import device
 from hbll.train.divergence import LOOK_EVERY, DivergedError, all_finite, place_in_step, place_in_weights
-from hbll.train.evaluate import measured
+from hbll.train.evaluate import OnBatch, measured
 from hbll.train.feed import Feed
 from hbll.train.hold import held
 from hbll.train.interrupt import deferred_interrupt
@@ -45,6 +45,7 @@ def train(
     *,
     resume: bool = False,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
+    on_batch: OnBatch = lambda done, batches: None,
     on_epoch: Callable[[Metrics], None] = lambda metrics: None,
 ) -> None:
     """Trains until the recipe's last epoch, saving after each, and in long ones every ten minutes; a resumed run ends as if
@@ -54,13 +55,15 @@ def train(
         run: what to train, and the folder to keep it in.
         resume: go on with the run that lies in that folder.
         on_step: called before each step with the number of steps done and that of all steps of the run.
+        on_batch: as of `measured`, of the test samples and of the validation samples at the end of each epoch.
         on_epoch: called after each epoch.
 
     Raises:
         ValueError: the folder holds a run and `resume` is off, or holds none or another one and it is on; another process
             trains in it; the data set is missing, or it or the folder damaged; the loss or a weight became NaN or infinite
             (`DivergedError`: the last good checkpoint is kept).
-        Interrupted: Ctrl-C was pressed, or SIGTERM sent; the run was saved after the step under way.
+        Interrupted: Ctrl-C was pressed, or SIGTERM sent; the run was saved after the step under way, or before an epoch's
+            measures were taken.
     """
 
     check_folder(run, resume)
@@ -78,17 +81,24 @@ def train(
             training.save()
         run.write_configuration(device(), training.engine)
 
+        def heed() -> None:
+            if interrupted():
+                training.save()
+                raise Interrupted
+
         def before_step(done: int) -> None:
             on_step(done, run.recipe.epochs * training.steps_per_epoch)
-            stopping = interrupted()
-            if stopping or time.monotonic() - training.saved_at > SAVE_EVERY:
+            heed()
+            if time.monotonic() - training.saved_at > SAVE_EVERY:
                 training.save()
-            if stopping:
-                raise Interrupted
+
+        def after_batch(done: int, batches: int) -> None:
+            on_batch(done, batches)
+            heed()
 
         while training.epoch < run.recipe.epochs:
             training.go_on(before_step)
-            line = training.end_epoch(splits)
+            line = training.end_epoch(splits, after_batch)
             if is_best(line, metrics.read(run.metrics_file), run.recipe.measures[0]):
                 training.save_best()
             metrics.append(run.metrics_file, line)
@@ -131,6 +141,8 @@ class Sums:
     work: int = 0
     span: int = 0
     seconds: float = 0.0
+    learning_rate: float = 0.0
+    """Of the last step."""
 
     def add(self, steps: Sequence[Step]) -> None:
         """Adds a training step on some batches, but for its seconds: their mean loss and defect, all their work and span."""
@@ -199,27 +211,34 @@ class Training:
         while self.position < self.steps_per_epoch:
             before_step(self.epoch * self.steps_per_epoch + self.position)
             began = time.perf_counter()
-            self.learning_rate = self.descent.optimizers[0].param_groups[0]["lr"]
+            self.sums.learning_rate = self.descent.optimizers[0].param_groups[0]["lr"]
             self.sums.add(self.descent.step(*self.feed.batches(order, self.epoch, self.position)))
             self.position += 1
             if self.position % LOOK_EVERY == 0 or self.position == self.steps_per_epoch:
                 self._check()
             self.sums.seconds += time.perf_counter() - began
 
-    def end_epoch(self, splits: Splits) -> Metrics:
-        """Measures and diagnoses the network, and makes ready for the next epoch."""
+    def end_epoch(self, splits: Splits, on_batch: OnBatch) -> Metrics:
+        """Measures and diagnoses the network, and makes ready for the next epoch.
+
+        Args:
+            splits: to measure on.
+            on_batch: as of `measured`; nothing has changed by then, so that it may save and end the run.
+        """
         recipe = self.run.recipe
+        readouts = recipe.readouts(self.rule)
+        paths = measured(self.rule, splits.test, readouts, recipe.measures, on_batch)
+        validation = None
+        if splits.valid:
+            (validation,) = measured(self.rule, splits.valid, readouts[:1], recipe.measures, on_batch)
         samples = self.samples[: min(DIAGNOSED_SAMPLES, recipe.batch_size)]
         reports = self.rule.diagnose(samples.inputs, samples.labels)
-        chain, *others = recipe.readouts(self.rule)
-        paths = measured(self.rule, splits.test, [chain, *others], recipe.measures)
-        validation = measured(self.rule, splits.valid, [chain], recipe.measures)[0] if splits.valid else None
         self.epoch += 1
         sums, steps = self.sums, self.steps_per_epoch
         result = Metrics(
             epoch=self.epoch,
             loss=sums.loss.item() / steps,
-            learning_rate=self.learning_rate,
+            learning_rate=sums.learning_rate,
             paths=paths,
             validation=validation,
             seconds=sums.seconds,

@@ -34,7 +34,7 @@ from hbll.train import checkpoint, metrics
 from hbll.train.descent import lowered
 from hbll.train.device import device
 from hbll.train.divergence import LOOK_EVERY, DivergedError, all_finite
-from hbll.train.evaluate import PathResult, means, summed, units_of
+from hbll.train.evaluate import OnBatch, PathResult, means, summed, units_of
 from hbll.train.feed import Feed
 from hbll.train.hold import held
 from hbll.train.interrupt import deferred_interrupt
@@ -52,6 +52,7 @@ def train_parallel(
     *,
     resume: bool = False,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
+    on_batch: OnBatch = lambda done, batches: None,
     on_epoch: Callable[[Metrics], None] = lambda metrics: None,
 ) -> None:
     """Trains this process's part of a run, of which all processes have been told alike, until the recipe's last epoch.
@@ -59,7 +60,7 @@ def train_parallel(
     Args:
         run: what to train, and the folder where this process keeps its part: one for all, or one for each machine.
         resume: go on with the run that lies in that folder.
-        on_step, on_epoch: as of `hbll.train.loop.train`; `on_epoch` in the first process alone.
+        on_step, on_batch, on_epoch: as of `hbll.train.loop.train`; `on_epoch` in the first process alone.
 
     Raises:
         ValueError: as of `train`; or the rule is not for processes, or for other ones.
@@ -87,7 +88,7 @@ def train_parallel(
                     on_step(done, run.recipe.epochs * task.steps)
 
                 while part.epoch < run.recipe.epochs:
-                    line = part.go_through_epoch(before_step)
+                    line = part.go_through_epoch(before_step, on_batch)
                     if line is not None:
                         on_epoch(line)
                 part.end()
@@ -321,11 +322,12 @@ class Part:
             if rank == dist.get_rank():
                 self.run.write_configuration(device(), "loop")
 
-    def go_through_epoch(self, before_step: Callable[[int], None]) -> Metrics | None:
+    def go_through_epoch(self, before_step: Callable[[int], None], on_batch: OnBatch) -> Metrics | None:
         """Learns, measures and saves; the line of the epoch in the first process.
 
         Args:
             before_step: called before each step with the number of steps done since the run began.
+            on_batch: called after each batch that this process has predicted, as by `measured`.
         """
         self._keep_best()  # for which all wait
         began = time.perf_counter()
@@ -337,10 +339,10 @@ class Part:
             if self.place.replica == 0:
                 self.save([self.worker.carry()])
         splits = self.splits
-        test = self._measured(splits.test if splits else None, self.task.test)
+        test = self._measured(splits.test if splits else None, self.task.test, on_batch)
         valid = torch.zeros(0)
         if self.task.valid:
-            valid = self._measured(splits.valid if splits else None, self.task.valid)
+            valid = self._measured(splits.valid if splits else None, self.task.valid, on_batch)
         carry = self.worker.carry() if isinstance(self.worker, Replica) else None
         defect = None if sums.defect is None else sums.defect.item()
         said: list[Said] = all_say(
@@ -505,20 +507,24 @@ class Part:
             step,
         )
 
-    def _measured(self, samples: Samples | None, extent: Extent) -> Tensor:
+    def _measured(self, samples: Samples | None, extent: Extent, on_batch: OnBatch) -> Tensor:
         """The sums of the measures over this replica's share of some samples, at the last stage; 0 at others."""
         with evaluating(self.worker.rule):
-            return summed(self._predictions(samples, extent), self.run.recipe.measures).cpu()
+            return summed(self._predictions(samples, extent, on_batch), self.run.recipe.measures).cpu()
 
-    def _predictions(self, samples: Samples | None, extent: Extent) -> Iterator[tuple[Tensor, Tensor]]:
+    def _predictions(
+        self, samples: Samples | None, extent: Extent, on_batch: OnBatch
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         # No larger than what was learned from, by which links were sized; halved where states had half the precision.
         size = self.run.recipe.batch_size // self.place.replicas
         if self.run.recipe.precision != "float32":
             size = max(1, size // 2)
-        for start in range(self.place.replica * size, extent.samples, self.place.replicas * size):
+        starts = range(self.place.replica * size, extent.samples, self.place.replicas * size)
+        for done, start in enumerate(starts, 1):
             self.heed()
             part = samples[start : start + size] if samples else None
             found = self.worker.predict(part and part.inputs, part and part.labels)
+            on_batch(done, len(starts))
             if found is not None:
                 yield found
 
