@@ -1,7 +1,9 @@
 """Models of others, cut at their modules. Oracle: the model itself, its modules, function and gradients."""
 
 import copy
+import functools
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +170,17 @@ class TestModelsOfOthers:
         with pytest.raises(ValueError, match=r"depends on whether it trains, as F.dropout.* make that a module"):
             hbll.Chain.cut(model(Dropping)[0], STARTS)
 
+    @pytest.mark.parametrize("seed", range(6))
+    def test_a_model_that_draws_which_layers_it_has(self, seed):
+        class LayerDrop(Model):
+            def forward(self, x):
+                return super().forward(x * 2 if self.training and torch.rand(()).item() < 0.1 else x)
+
+        whole = model(LayerDrop)[0]
+        torch.manual_seed(seed)
+        with pytest.raises(ValueError, match="draws random numbers between these modules, as layer drop does"):
+            hbll.Chain.cut(whole, STARTS)
+
     def test_what_is_not_sequential_is_cut_by_hand(self):
         # A mask reaches every block as context; the layers are the model's own.
         class Masked(nn.Module):
@@ -238,6 +251,35 @@ class TestWhatIsEasilyLost:
             original.used[0].bias.zero_()
         assert twin(x).abs().min() > 0
         torch.testing.assert_close(twin(x), 2 * twin.used[0](x))
+
+    @pytest.mark.parametrize("how", ["partial", "list", "tuple", "dict"])
+    def test_so_do_those_of_functions_that_something_holds(self, how):
+        def made():
+            linear = nn.Linear(6, 3)
+
+            def scaled(state, scale):
+                return scale * linear(state)
+
+            held = {
+                "partial": functools.partial(scaled, scale=2.0),
+                "list": [lambda state: scaled(state, 2.0)],
+                "tuple": (lambda state: scaled(state, 2.0), 1),
+                "dict": {0: lambda state: scaled(state, 2.0)},
+            }[how]
+            return hbll.part(held if how == "partial" else lambda state: held[0](state), linear)
+
+        original = made()
+        twin, x = copy.deepcopy(original), torch.randn(4, 6)
+        with torch.no_grad():
+            original.used[0].weight.zero_()
+        torch.testing.assert_close(twin(x), 2 * twin.used[0](x))
+
+    def test_a_global_module_of_an_attributes_name_is_no_hindrance(self, monkeypatch):
+        linear, x = nn.Linear(6, 3), torch.randn(4, 6)
+        held = SimpleNamespace(project=linear)
+        reads = hbll.part(lambda state: held.project(state), linear)
+        monkeypatch.setitem(globals(), "project", nn.Linear(1, 1))
+        torch.testing.assert_close(copy.deepcopy(reads)(x), linear(x))
 
     def test_modules_that_nothing_would_train_are_asked_for(self):
         linear = nn.Linear(6, 3)

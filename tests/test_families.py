@@ -198,6 +198,15 @@ def test_samples_have_the_mean_and_the_variance(name):
 
 
 @every_family
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
+def test_samples_of_any_shape(name, shape):
+    draw = FAMILY[name].sample(torch.zeros(shape))
+    assert draw.shape == shape
+    if name == "categorical":
+        assert (draw.sum(-1) == 1).all()
+
+
+@every_family
 def test_samples_follow_the_generator(name):
     natural = naturals(8, 50)
     draw = FAMILY[name].sample(natural, torch.Generator().manual_seed(3))

@@ -102,7 +102,7 @@ def test_mean_losses_are_each_rows_own(rows, tokens, seed):
     y = torch.randint(-1, 3, (rows, 4, tokens), generator=torch.Generator().manual_seed(seed))
     y[y < 0] = -100
     y[:, 0, 0] = 1
-    found = mean_losses(cross_entropy, logits, y)
+    found, _ = mean_losses(cross_entropy, logits, y)
     own = [F.cross_entropy(logits[i].flatten(0, 1), y[i].flatten()) for i in range(rows)]
     torch.testing.assert_close(found, torch.stack(own))
     torch.testing.assert_close(mean_loss(cross_entropy, logits[0], y[0]), own[0])
@@ -119,7 +119,7 @@ def test_rows_reach_the_loss_as_one_batch():
         return squared_error(prediction, y)
 
     prediction, y = draw(0, 2, 4, 7, 3), draw(1, 2, 4, 7, 3)
-    means = mean_losses(loss, prediction, y)
+    means, _ = mean_losses(loss, prediction, y)
     assert seen == [((8, 7, 3), (8, 7, 3))]
     torch.testing.assert_close(means, (prediction - y).square().sum(-1).mean((1, 2)) / 2)
 

@@ -1,11 +1,16 @@
 """Adapters for models of others: cut at some of their modules, or made of functions around modules."""
 
 import copy
+import dis
+import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import fx, nn
 
 from hbll.modes import evaluating
@@ -31,11 +36,19 @@ class Part(nn.Module):
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy in which functions have copies of what they have around them."""
-    if not isinstance(value, FunctionType):
-        return copy.deepcopy(value, memo)
+    """A deep copy in which functions, partial ones and those in lists, tuples and dicts among them, have copies of what they
+    have around them."""
     if id(value) in memo:
         return memo[id(value)]
+    if isinstance(value, partial):
+        given = {name: _copied(own, memo) for name, own in value.keywords.items()}
+        return partial(_copied(value.func, memo), *(_copied(own, memo) for own in value.args), **given)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(own, memo) for own in value)
+    if type(value) is dict:
+        return {key: _copied(own, memo) for key, own in value.items()}
+    if not isinstance(value, FunctionType):
+        return copy.deepcopy(value, memo)
     for name in _names(value.__code__):
         if isinstance(value.__globals__.get(name), nn.Module):
             raise ValueError(
@@ -54,7 +67,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 def _names(code: CodeType) -> Iterator[str]:
     """The global names that a function uses, and those that the functions within it do."""
-    yield from code.co_names
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
@@ -118,6 +131,7 @@ def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
             # Opened up are only those in which a cut lies.
             return not any(path.startswith(module_qualified_name + ".") for path in at)
 
+    drawn = _random_states()
     try:
         with evaluating(model):
             graph = Tracer().trace(model)
@@ -135,12 +149,23 @@ def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
                 "buffer and that the parts would keep as it is: register it as a buffer, or cut by hand with hbll.part and "
                 "a context"
             )
+    if _random_states() != drawn:
+        raise ValueError(
+            f"a {type(model).__name__} draws random numbers between these modules, as layer drop does, and the parts would "
+            "keep what was drawn once: make that a module, or cut it by hand with hbll.part"
+        )
     if str(training) != str(graph):
         raise ValueError(
             f"what a {type(model).__name__} computes between these modules depends on whether it trains, as "
             "F.dropout(x, training=self.training) does: make that a module (nn.Dropout), or cut it by hand with hbll.part"
         )
     return graph
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Where the random numbers stand that a forward may draw on a CPU."""
+    name, keys, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), (name, np.asarray(keys).tolist(), *rest)
 
 
 def _registered(model: nn.Module, name: str) -> bool:

@@ -128,8 +128,9 @@ class Categorical(Family):
 
     def sample(self, natural: Tensor, generator: torch.Generator | None = None) -> Tensor:
         probabilities = natural.movedim(self.dim, -1).softmax(-1)
-        draws = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
-        one_hot = torch.zeros_like(probabilities.flatten(0, -2)).scatter_(-1, draws, 1.0)
+        rows = probabilities.reshape(-1, probabilities.shape[-1])
+        draws = torch.multinomial(rows, 1, generator=generator)
+        one_hot = torch.zeros_like(rows).scatter_(-1, draws, 1.0)
         return one_hot.reshape(probabilities.shape).movedim(-1, self.dim)
 
 

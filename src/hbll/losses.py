@@ -147,7 +147,8 @@ def sample_losses(loss: Loss, prediction: Any, y: Any, counted: Tensor | None = 
         counted: of the same shape, 0 or false where a value is not to count; None if all do.
 
     Raises:
-        ValueError: the loss is one number for the whole batch, or so many that it broadcasts predictions and labels.
+        ValueError: the loss is one number for the whole batch, so many that it broadcasts predictions and labels, or not as
+            many as are to be counted.
     """
     returned = loss(prediction, y)
     values, weights = returned if isinstance(returned, tuple) else _weighted(loss, returned, y)
@@ -160,6 +161,11 @@ def sample_losses(loss: Loss, prediction: Any, y: Any, counted: Tensor | None = 
         raise ValueError(
             f"the loss returned values {tuple(values.shape)} for labels {tuple(y.shape)}: it is to return one per sample or "
             "token; give predictions and labels one shape"
+        )
+    if counted is not None and values.shape != counted.shape:
+        raise ValueError(
+            f"the loss returned values {tuple(values.shape)}, and of padded sequences only {tuple(counted.shape)} can "
+            "be told apart: let it return one value per step"
         )
     return values, weights if counted is None else weights * counted
 
@@ -186,13 +192,16 @@ def row_means(values: Tensor, weights: Tensor, rows: int) -> Tensor:
     return values.sum(1) / torch.where(total > 0, total, 1)
 
 
-def mean_losses(loss: Loss, prediction: Tensor, y: Tensor, counted: Tensor | None = None) -> Tensor:
-    """The mean loss of every row of predictions (n, B, ..., C) of labels (n, B, ...): (n,), with graph.
+def mean_losses(loss: Loss, prediction: Tensor, y: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The mean loss of every row of predictions (n, B, ..., C) of labels (n, B, ...): (n,), with graph; and of how many
+    samples each is the mean, by the weights of their labels, (n,).
 
     Labels of weight 0 do not count, nor do those that are not ``counted``, (n, B, ...).
     """
     counted = None if counted is None else counted.flatten(0, 1)
-    return row_means(*sample_losses(loss, prediction.flatten(0, 1), y.flatten(0, 1), counted), len(y))
+    values, weights = sample_losses(loss, prediction.flatten(0, 1), y.flatten(0, 1), counted)
+    samples = weights.reshape(len(y), y.shape[1], -1).to(values.dtype).mean(2).sum(1)
+    return row_means(values, weights, len(y)), samples
 
 
 def mean_loss(loss: Loss, prediction: Any, y: Any, counted: Tensor | None = None) -> Tensor:

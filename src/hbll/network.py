@@ -184,7 +184,8 @@ class Chain(nn.Module):
         return _readout(self.tree.parse(name))
 
     def sequential(self, path: str | int | Sequence[int] | None = None) -> nn.Sequential:
-        """The network along a path as a plain nn.Sequential that shares the modules; for networks without a context."""
+        """The network along a path as a plain nn.Sequential that shares the modules; for networks without a context, whose
+        blocks return the state alone."""
         return nn.Sequential(self.embed, *(self.blocks[n - 1] for n in self.resolve(path)), self.head)
 
     def features(self, state: Tensor) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hbll.models.cells import OneHot
 from hbll.recurrent import CELLS, GRU, DepthCells, RecurrentNetwork, SharedCell
 from hbll.recurrent.network import resolve
 from hbll.recurrent.tree_states import tree_states
@@ -117,6 +118,21 @@ def test_exported_networks_give_the_same_numbers(kind):
     for t in range(6):
         state = cell(x[:, t], state)
     torch.testing.assert_close(torch.cat(state, 1) if kind == "lstm" else state, last)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_what_is_exported_keeps_its_precision(kind):
+    torch.set_default_dtype(torch.float32)
+    network = RecurrentNetwork(DepthCells(CELLS[kind], INPUTS, WIDTH, 2), nn.Linear(WIDTH, CLASSES)).double()
+    torch.nn.init.normal_(network.cell.weight_hh)
+    assert network.export_sequence().weight_hh_l0.equal(network.cell.weight_hh)
+    assert network.export_cell().weight_hh.equal(network.cell.weight_hh)
+
+
+def test_symbols_are_of_the_networks_precision():
+    torch.set_default_dtype(torch.float32)
+    network = RecurrentNetwork(DepthCells(GRU, 5, WIDTH, 2), nn.Linear(WIDTH, 5), embed=OneHot(5)).double()
+    assert network(torch.tensor([[0, 4, 2]])).dtype == torch.float64
 
 
 def test_an_elman_cell_cannot_be_exported():

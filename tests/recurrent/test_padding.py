@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hbll.losses import squared_error
-from hbll.recurrent import GRU, LSTM, RULES, DepthCells, RecurrentNetwork, make_rule
+from hbll.recurrent import GRU, LSTM, RULES, DepthCells, PaperRule, RecurrentNetwork, make_rule
+from hbll.recurrent.network import presence
 
 LENGTH, INPUTS, WIDTH, OUTPUTS = 8, 2, 5, 3
 LENGTHS = [8, 5, 3, 6]
@@ -75,6 +77,83 @@ def test_a_squared_error_is_the_mean_over_what_is_no_padding(name):
         torch.testing.assert_close(found[name], gradient)
 
 
+def per_sequence(prediction, y):
+    """The mean loss of each sequence's steps, those of later ones weighing more: (B,)."""
+    steps = F.cross_entropy(prediction.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
+    return (steps * torch.linspace(0, 1, y.shape[1])).sum(1) / (y != 0).sum(1).clamp_min(1)
+
+
+@pytest.mark.parametrize("name", ["hbll", "bptt", "bptt-fused", "deer"])
+def test_a_loss_of_whole_sequences_is_given_the_batch_first(name):
+    """As by the network; of as many sequences as steps, which no shape tells from one another."""
+    torch.manual_seed(2)
+    x, y = torch.randn(LENGTH, LENGTH, INPUTS), torch.randint(OUTPUTS, (LENGTH, LENGTH))
+    rule = made(name, True, loss=per_sequence, **({"tolerance": 0.0} if name == "deer" else {}))
+    step, found = gradients(rule, x, y)
+    expected = per_sequence(rule.network(x), y).mean()
+    torch.testing.assert_close(step.label_loss, expected.detach())
+    weights = [rule.network.cell.weight_hh, rule.network.head.weight]
+    for parameter, gradient in zip(
+        ("network.cells.cells.0.weight_hh", "network.head.weight"), torch.autograd.grad(expected, weights), strict=True
+    ):
+        torch.testing.assert_close(found[parameter], gradient)
+    if name != "bptt-fused":
+        with pytest.raises(ValueError, match=r"returned values \(4,\), .* let it return one value per step"):
+            rule((x[:4], LENGTHS), y[:4])
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_loss_of_ones_own_never_sees_the_labels_of_the_padding(name):
+    x, y, goal = batch(True)
+
+    def classes(prediction, y):
+        return F.cross_entropy(prediction.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
+
+    def logarithms(prediction, y):
+        return (prediction - y.log()).square().sum(-1)
+
+    for loss, labels, filling in ((classes, y, 99), (logarithms, goal.exp(), -1.0)):
+        other = labels.clone()
+        other[~PRESENT] = filling
+        expected, found = (made(name, True, loss=loss)((x, LENGTHS), given) for given in (labels, other))
+        assert found.loss == expected.loss
+        assert found.loss.isfinite()
+
+
+@pytest.mark.parametrize("every_step", [True, False])
+def test_what_a_sample_aims_at_does_not_depend_on_whose_labels_count_beside_it(every_step, monkeypatch):
+    x, y, _ = batch(every_step)
+    found = []
+    level = PaperRule._level
+
+    def noted(self, *args):
+        result = level(self, *args)
+        found.append(result[1])
+        return result
+
+    monkeypatch.setattr(PaperRule, "_level", noted)
+    lengths = torch.tensor([LENGTH, 1, 1, 1])
+    made("paper", every_step)((x[:1], lengths[:1]), y[:1])
+    alone, found[:] = found[:], []
+    if not every_step:
+        y[1:] = -100
+    made("paper", every_step)((x, lengths), y)
+    for target, beside in zip(alone, found, strict=True):
+        torch.testing.assert_close(beside[:, :1], target)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_head_may_have_weights_that_it_does_not_use(name):
+    x, y, _ = batch(False)
+    rule = made(name, False)
+    expected = gradients(rule, x, y)[1]
+    rule.network.head.unused = nn.Parameter(torch.ones(3))
+    found = gradients(rule, x, y)[1]
+    assert not found.pop("network.head.unused").any()
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient)
+
+
 @pytest.mark.parametrize("every_step", [True, False])
 @pytest.mark.parametrize("name", RULES)
 def test_where_no_label_counts_nothing_is_learned(name, every_step):
@@ -100,6 +179,13 @@ def test_half_precision(name, every_step, cell):
     for parameter, gradient in expected.items():
         assert found[parameter].dtype == gradient.dtype
         assert (found[parameter] - gradient).norm() <= 0.1 * max(g.norm() for g in expected.values())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_lengths_in_bytes(kind):
+    present = presence(torch.tensor([20, 100], dtype=kind), torch.zeros(2, 300, 1))
+    assert present.sum(1).tolist() == [20, 100]
+    assert present[:, -20:].all()
 
 
 def test_infinities_that_are_no_padding_are_refused():

@@ -22,6 +22,13 @@ def test_there_is_a_chain_and_a_tree_where_the_rule_trains_one(name, depth):
     assert readouts[0].name == "chain"
 
 
+@pytest.mark.parametrize("every_step", [True, False])
+def test_a_sequence_of_one_chunk_has_the_chain_alone(every_step):
+    network = RecurrentNetwork(DepthCells(GRU, 2, 4, 1), nn.Linear(4, 3), every_step, length=1)
+    assert network.readouts == make_rule("bptt", network).readouts == [Readout("chain", (), 1)]
+    assert network.readout("chain").path == ()
+
+
 @pytest.mark.parametrize("name", ["chain", "tree", "4-6-7"])
 def test_the_cells_of_a_readout_are_those_that_it_evaluates(name, monkeypatch):
     network = network_of(3)

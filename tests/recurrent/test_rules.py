@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -42,6 +43,20 @@ def assert_exact(rule, x, y, lengths=None):
     assert found.reports[x.shape[1]].error == found.label_loss
     expected = chain_gradients(exact, rule.network)
     torch.testing.assert_close(chain_gradients(found, rule.network), expected, rtol=1e-9, atol=1e-12)
+
+
+class Leaky(GRU):
+    """A cell with options of its own."""
+
+    def __init__(self, inputs, width, leak):
+        super().__init__(inputs, width)
+        self.leak = leak
+
+
+def test_the_cells_that_predict_are_made_as_the_networks_own():
+    cells = DepthCells(partial(Leaky, leak=0.9), 2, 4, 3)
+    rule = ScanRule(RecurrentNetwork(cells, nn.Linear(4, 3), length=8), 8, chunk=2, guess="tree")
+    assert [cell.leak for cell in (*cells.cells, *rule.predictor.cells)] == 5 * [0.9]
 
 
 @pytest.mark.parametrize("every_step", [False, True])

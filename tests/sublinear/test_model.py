@@ -30,6 +30,12 @@ def test_predictions_are_the_network_written_out_in_all_chunks(trained):
         np.testing.assert_allclose(model.predict(points), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("neurons", [[-1], [3000], [0.5], [True, False], 7, [[1, 2]]])
+def test_weights_of_neurons_that_there_are_not(trained, neurons):
+    with pytest.raises(ValueError, match=r"whole numbers within 0\.\.2999; got "):
+        trained[2].weights(neurons)
+
+
 def test_only_what_fired_has_moved(trained):
     _, _, model = trained
     neurons = np.arange(3000)

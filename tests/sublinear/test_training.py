@@ -165,6 +165,7 @@ X, y = random_task(6, 3)
         ({"kappa": math.nan}, "kappa is nan"),
         ({"kappa": 20.0}, "none of 100 neurons fires on any of the 6 points"),
         ({"kappa": 20.0, "engine": "tree"}, "no neuron fires on point 0"),
+        ({"kappa": 20.0, "engine": "tree", "method": "gradient-descent"}, "no neuron fires on point 0"),
         ({"engine": "forest"}, "engine is 'forest'; one of auto, tree, slack, compact, dense"),
         ({"method": "adam"}, "method is 'adam'"),
         ({"solver": "qr"}, "solver is 'qr'"),

@@ -5,7 +5,7 @@ describes two readings: a cell for every depth, its input 2^d chunks wide, or on
 the chunks (arXiv 2606.21497, section 4.5 and appendix). Either way an arc of one chunk is a step of the deployed chain.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TypeAlias, cast
 
@@ -26,9 +26,18 @@ def depth(arc: Arc) -> int:
 
 
 class ArcCells(nn.Module):
-    """The cells of all arcs; those of arcs that share a cell are evaluated in one call."""
+    """The cells of all arcs; those of arcs that share a cell are evaluated in one call.
 
-    cells: nn.ModuleList
+    Args:
+        kind: makes a cell of so many inputs and so many units: a class, or a functools.partial of one with options.
+        inputs: of each of the cells.
+        width: H, units of the hidden state.
+    """
+
+    def __init__(self, kind: Callable[[int, int], Cell], inputs: Iterable[int], width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.cells = nn.ModuleList(kind(size, width) for size in inputs)
 
     @property
     def chain(self) -> Cell:
@@ -81,15 +90,14 @@ class DepthCells(ArcCells):
     Shorter arcs of its depth have zeros for the chunks that they lack, at the start.
 
     Args:
-        kind: the class of the cells.
+        kind: makes a cell of so many inputs and so many units: a class, or a functools.partial of one with options.
         inputs: I, width of a chunk.
         width: H, units of the hidden state.
         depths: number of cells; they reach over 2^(depths-1) chunks, and so serve sequences of up to 2^depths.
     """
 
-    def __init__(self, kind: type[Cell], inputs: int, width: int, depths: int) -> None:
-        super().__init__()
-        self.cells = nn.ModuleList(kind(2**d * inputs, width) for d in range(depths))
+    def __init__(self, kind: Callable[[int, int], Cell], inputs: int, width: int, depths: int) -> None:
+        super().__init__(kind, (2**d * inputs for d in range(depths)), width)
 
     def cell(self, arc: Arc) -> int:
         if depth(arc) >= len(self.cells):
@@ -113,14 +121,13 @@ class SharedCell(ArcCells):
     """One cell for all arcs, which reads the mean of the arc's chunks.
 
     Args:
-        kind: the class of the cell.
+        kind: as of ``DepthCells``.
         inputs: I, width of a chunk.
         width: H, units of the hidden state.
     """
 
-    def __init__(self, kind: type[Cell], inputs: int, width: int) -> None:
-        super().__init__()
-        self.cells = nn.ModuleList([kind(inputs, width)])
+    def __init__(self, kind: Callable[[int, int], Cell], inputs: int, width: int) -> None:
+        super().__init__(kind, [inputs], width)
 
     def cell(self, arc: Arc) -> int:
         return 0

@@ -24,10 +24,10 @@ class Backpropagation(RecurrentRule):
         yield StageLoss(1, value)
 
     def _read(self, x: Tensor, present: Tensor | None) -> Tensor:
-        """The hidden states that the head reads, (N, B, H) or (B, H), with the graph of the whole chain."""
+        """The hidden states that the head reads, (B, N, H) or (B, H), with the graph of the whole chain."""
         cell = self.network.cell
         hidden, _ = walk(cell, x, cell.initial(x.shape[1]), present)
-        return torch.stack(hidden) if self.network.every_step else hidden[-1]
+        return torch.stack(hidden, 1) if self.network.every_step else hidden[-1]
 
 
 class FusedBackpropagation(Backpropagation):
@@ -51,5 +51,4 @@ class FusedBackpropagation(Backpropagation):
             raise ValueError("the fused baseline needs sequences of equal length; bptt takes unequal ones")
         weights: dict[str, Tensor] = {f"{name}_l0": value for name, value in self.network.cell.named_parameters()}
         hidden, _ = functional_call(self._fused[0], weights, (x.transpose(0, 1),))
-        hidden = hidden.transpose(0, 1)
-        return hidden if self.network.every_step else hidden[-1]
+        return hidden if self.network.every_step else hidden[:, -1]

@@ -78,6 +78,8 @@ class RecurrentNetwork(nn.Module):
     @property
     def readouts(self) -> list[Readout]:
         """The paths that have names: the ``chain`` and, where the head reads the last state alone, another, the ``tree``."""
+        if self.length == 1:  # which has no tree
+            return [_readout("chain", ())]
         tree, chain = self.tree.rim, self.tree.chain
         named = {"chain": chain} if self.every_step or tree == chain else {"chain": chain, "tree": tree}
         return [_readout(name, path) for name, path in named.items()]
@@ -206,8 +208,8 @@ def _kind(cell: Cell, **kinds: Any) -> Any:
 
 
 def _load(exported: ExportedT, cell: Cell, suffix: str) -> ExportedT:
-    exported.load_state_dict({name + suffix: value for name, value in cell.state_dict().items()})
-    return exported.to(cell.weight_hh)
+    exported.to(cell.weight_hh).load_state_dict({name + suffix: value for name, value in cell.state_dict().items()})
+    return exported
 
 
 def resolve(path: str | int | Sequence[int] | None, length: int) -> Path:
@@ -259,6 +261,7 @@ def presence(lengths: Any, x: Tensor) -> Tensor | None:
         raise ValueError(f"lengths are whole numbers, one for each sequence; got {lengths!r}") from error
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths are whole numbers, one for each sequence; got {lengths.dtype}")
+    lengths = lengths.long()  # a byte cannot hold the number of steps
     if lengths.shape != x.shape[:1] or not bool(((lengths >= 1) & (lengths <= count)).all()):
         raise ValueError(f"lengths are (batch,), each from 1 to {count}; got {lengths.tolist()}")
     return torch.arange(count, device=x.device) >= count - lengths[:, None].to(x.device)

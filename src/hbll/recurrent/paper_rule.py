@@ -110,15 +110,17 @@ class PaperRule(RecurrentRule):
         left = [(tree.left(n), n) for n in level]
         right = [(n, tree.right(n)) for n in level]
         prior = network.cells(x, left, torch.stack([states[a] for a, _ in left]), first)
-        at_node = prior.detach().requires_grad_()
-        errors, label = self._errors(y, at_node, network.cells(x, right, at_node, first), right, states, present)
+        at_node, at_head = (prior.detach().requires_grad_() for _ in range(2))
+        ends = network.cells(x, right, at_node, first)
+        errors, label, samples = self._errors(y, at_head, ends, right, states, present)
         trained: list[Tensor] = [p for p in self._trained(right) if p.requires_grad]
         trained += [x] if x.requires_grad else []
-        gradient, *gradients = torch.autograd.grad(errors.sum(), [at_node, *trained], materialize_grads=True)
-        # Each sample's own gradient: that of the mean times the number of samples.
-        target = prior.detach() + self.variance * taylor(x.shape[1] * gradient, self.step_length)
+        found = torch.autograd.grad(errors.sum(), [at_node, at_head, *trained], materialize_grads=True)
+        # Each sample's own gradient: that of a mean times the number of samples in it.
+        across, here = (g * of.to(g.dtype)[:, None, None] for g, of in zip(found, samples, strict=False))
+        target = prior.detach() + self.variance * taylor(across + here, self.step_length)
         moved = (wide(prior) - wide(target)).square().sum(-1).mean(1).sum() / (2 * self.variance)
-        return attach_gradients(errors.sum(), trained, gradients) + moved, target, errors.detach(), label.detach()
+        return attach_gradients(errors.sum(), trained, found[2:]) + moved, target, errors.detach(), label.detach()
 
     def _trained(self, right: list[Arc]) -> list[nn.Parameter]:
         """The parameters of the cells of right arcs, and the head's."""
@@ -129,31 +131,37 @@ class PaperRule(RecurrentRule):
     def _errors(
         self,
         y: Tensor,
-        at_node: Tensor,
+        at_head: Tensor,
         ends: Tensor,
         right: list[Arc],
         states: Mapping[int, Tensor],
         present: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """(n,): how far the right arcs end from what their right parents hold, and what the labels say, in nats; and the
-        label's mean loss at the end.
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """(n,): how far the right arcs end from what their right parents hold, and what the labels say, in nats; the label's
+        mean loss at the end; and of how many samples the errors are means, (n,), those of right arcs and those of labels at
+        the nodes themselves.
 
         The last node of every level is the one whose right arc ends at N.
+
+        Args:
+            at_head: (n, B, S H), the states at the nodes, whose labels are read off them.
         """
         network = self.network
-        last = y[-1:] if network.every_step else y.unsqueeze(0)
-        label = mean_losses(self.loss, network.head(network.cell.hidden(ends[-1:])), last)
+        last = y[None, :, -1] if network.every_step else y.unsqueeze(0)
+        label, labelled = mean_losses(self.loss, network.head(network.cell.hidden(ends[-1:])), last)
         held = [states[j] for _, j in right[:-1]]
         inner = (
             [(wide(ends[:-1]) - wide(torch.stack(held))).square().sum(-1).mean(1) / (2 * self.variance)] if held else []
         )
         errors = torch.cat([*inner, label / self.label_variance])
+        samples = torch.cat([labelled.new_full((len(held),), y.shape[0]), labelled])
+        own_samples = torch.zeros_like(samples)
         if network.every_step:
-            labels = torch.stack([y[n - 1] for n, _ in right])
+            labels = torch.stack([y[:, n - 1] for n, _ in right])
             counted = None if present is None else torch.stack([present[:, n - 1] for n, _ in right])
-            own = mean_losses(self.loss, network.head(network.cell.hidden(at_node)), labels, counted)
+            own, own_samples = mean_losses(self.loss, network.head(network.cell.hidden(at_head)), labels, counted)
             errors = errors + own / self.label_variance
-        return errors, label.squeeze(0)
+        return errors, label.squeeze(0), (samples, own_samples)
 
     def _inconsistency(self, x: Tensor, states: Tensor, present: Tensor | None) -> Tensor:
         """||h~^K - h||^2, the distance of the swept states from the tree's, with the gradient of the last sweep alone.

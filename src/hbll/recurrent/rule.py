@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hbll.calls import Readout
 from hbll.cut import Stage
-from hbll.losses import IGNORED, Loss, counts, cross_entropy, mean_loss
+from hbll.losses import Loss, counts, cross_entropy, mean_loss
 from hbll.models.cells import Slopes
 from hbll.recurrent.cost import Cost
 from hbll.recurrent.network import RecurrentNetwork, Sequences, check_network
@@ -26,7 +26,7 @@ class RecurrentRule(Rule):
 
     Args:
         network: the network to train.
-        loss: the label's loss, one value per label.
+        loss: the label's loss, one value per label; of a network whose every step is read, (B, N) of them.
 
     Raises:
         ValueError: it is no recurrent network.
@@ -71,18 +71,16 @@ class RecurrentRule(Rule):
         if not isinstance(y, Tensor) or y.shape[: len(expected)] != expected:
             got = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise ValueError(f"{batch} sequences of {length} chunks need labels {expected}; got {got}")
-        if self.network.every_step:
-            if present is not None and (self.loss is cross_entropy or y.is_floating_point()):
-                own = present.view(*expected, *(1,) * (y.ndim - 2))
-                y = torch.where(own, y, 0) if y.is_floating_point() else torch.where(own, y.long(), IGNORED)
-            y = y.transpose(0, 1).contiguous()
+        if self.network.every_step and present is not None:
+            # Those of the padding are not counted; until then a loss is to find labels that it takes, the sequence's last.
+            y = torch.where(present.view(*expected, *(1,) * (y.ndim - 2)), y, y[:, -1:])
         counted = counts(self.loss, y)
         for loss in self.losses_in_time(chunks, y, present, step):
             yield loss.times(counted)
 
     def read(self, present: Tensor | None) -> Tensor | None:
-        """Which labels (N, B) count, of sequences with padding whose every step is read; None if all do."""
-        return present.mT if present is not None and self.network.every_step else None
+        """Which labels (B, N) count, of sequences with padding whose every step is read; None if all do."""
+        return present if self.network.every_step else None
 
     @abstractmethod
     def losses_in_time(self, x: Tensor, y: Tensor, present: Tensor | None, step: Step) -> Iterator[StageLoss]:
@@ -90,7 +88,7 @@ class RecurrentRule(Rule):
 
         Args:
             x: (N, B, I), the chunks, with the graph of the network's embed.
-            y: (B, ...) or (N, B, ...).
+            y: (B, ...) or (B, N, ...).
             present: (B, N), false for the padding; None if there is none.
             step: as for ``losses``.
         """
@@ -110,7 +108,7 @@ class LabelCredit:
     credit: Tensor
     """Its gradient in the hidden states."""
     weights: list[nn.Parameter]
-    """The head's trainable weights."""
+    """The head's trainable weights that it used."""
     gradients: Sequence[Tensor]
     """Its gradients in them."""
 
@@ -118,13 +116,16 @@ class LabelCredit:
 def head_credit(
     network: RecurrentNetwork, loss: Loss, hidden: Tensor, y: Tensor, counted: Tensor | None
 ) -> LabelCredit:
-    """The label's loss on given hidden states (..., H) and labels (...), as far as they are counted, and its gradients."""
+    """The label's loss on given hidden states, (B, H), or (N, B, H) if every step is read, as far as labels are counted, and
+    its gradients."""
     weights = [p for p in network.head.parameters() if p.requires_grad]
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
-        value = mean_loss(loss, network.head(leaf), y, counted)
-    credit, *gradients = torch.autograd.grad(value, [leaf, *weights])
-    return LabelCredit(value.detach(), credit, weights, gradients)
+        value = mean_loss(loss, network.head(leaf.transpose(0, 1) if network.every_step else leaf), y, counted)
+    credit, *found = torch.autograd.grad(value, [leaf, *weights], allow_unused=True)
+    used = [(weight, gradient) for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
+    credit = torch.zeros_like(hidden) if credit is None else credit
+    return LabelCredit(value.detach(), credit, [weight for weight, _ in used], [gradient for _, gradient in used])
 
 
 def local_update(

@@ -94,7 +94,9 @@ class ScanRule(RecurrentRule):
         self.predictor: ArcCells | None = None
         if guess == "tree" and self.chunks > 1:
             levels = prefix.levels(self.chunks)
-            self.predictor = DepthCells(type(cell), self.chunk * cell.inputs, cell.width, levels).to(cell.weight_hh)
+            self.predictor = DepthCells(network.cells.kind, self.chunk * cell.inputs, cell.width, levels).to(
+                cell.weight_hh
+            )
         # Means of the last training step's slopes; 0 before the first one, so that P = 0.
         self.shared = shared
         shape = (1 if shared else self.chunks, cell.parts)

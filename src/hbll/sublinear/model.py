@@ -69,8 +69,15 @@ class Model:
         return total[0] if self.one_target else total.T
 
     def weights(self, neurons: ArrayLike, target: int = 0) -> NDArray:
-        """The present first-layer weights of `neurons` (r,) in one target's network, shape (r, d)."""
-        chosen = np.asarray(neurons, np.int64)
+        """The present first-layer weights of `neurons` (r,) in one target's network, shape (r, d).
+
+        Raises ValueError unless they are whole numbers within 0..width-1.
+        """
+        chosen, width = np.asarray(neurons), self.problem.width
+        whole = chosen.dtype.kind in "iu" or not chosen.size
+        if chosen.ndim != 1 or not whole or ((chosen < 0) | (chosen >= width)).any():
+            raise ValueError(f"neurons are (r,) whole numbers within 0..{width - 1}; got {neurons!r}")
+        chosen = chosen.astype(np.int64)
         rows = initial_rows(self.problem.seed, chosen, self.problem.features, self.problem.dtype)
         for q in np.flatnonzero(np.isin(chosen, self.alive)):
             place = int(np.searchsorted(self.alive, chosen[q]))

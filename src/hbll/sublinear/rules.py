@@ -103,7 +103,10 @@ class GradientDescent:
 
     def step(self, system: System, residual: NDArray[np.float64]) -> NDArray[np.float64]:
         if self.rate == 0:
-            self.rate = 1 / float(np.linalg.eigvalsh(system.gram)[-1])
+            largest = float(np.linalg.eigvalsh(system.gram)[-1])
+            if not largest > 0:
+                raise system.singular()
+            self.rate = 1 / largest
         return self.rate * residual
 
     def accept(self, before: float, after: float) -> bool:

@@ -57,7 +57,9 @@ def fit(
     outputs and the n x n solve are always float64.
 
     Training ends when the loss 1/2 sum (f - y)^2 of each target is at most tol, or after max_iter iterations
-    (model.converged). model.history has a dict per iteration: "loss" after it, summed over targets, and "losses";
+    (model.converged). It is the loss of the weights as the engine keeps them; what model.predict rebuilds from the
+    coefficients of all steps is off by their rounding, some 1e-6 of |y| in float32: a tol below that needs float64.
+    model.history has a dict per iteration: "loss" after it, summed over targets, and "losses";
     "seconds"; "fired" pairs and "alive" neurons before it; "accepted" and "damping"; the engine's counters;
     "operations", and "dense_operations" that the dense baseline (BPSW21) would have made.
 
