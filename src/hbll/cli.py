@@ -281,7 +281,7 @@ class PlanOptions(Generic[RecipeT]):
 
 def train(arguments: Sequence[str]) -> None:
     """RECIPE [OPTIONS]      train a network"""
-    from hbll.distributed.launch import launched
+    from hbll.distributed.launch import launched, processes_of
     from hbll.train.console import train_shown
     from hbll.train.run import open_run
 
@@ -297,6 +297,11 @@ def train(arguments: Sequence[str]) -> None:
         put_together(_run_of(options, options.run_dir))
     if options.parallel != "none":
         _train_parallel(options, name)
+    if (count := processes_of(os.environ)) > 1:
+        raise ValueError(
+            f"a launcher has started {count} processes, each of which would train a run of its own: give --parallel stages "
+            "or data, or start one"
+        )
     if not options.resume:  # else options are those that were checked when the run began, or told to be others
         options.recipe.check([options.method])
     with _folder(options.run_dir, name) as folder:

@@ -59,7 +59,8 @@ for x, y in seen:
     first = worker.stage == 1
     found.append(worker.backward(x if first else None, y if first else None).reports[worker.stage].error)
     optimizer.step()
-worker.finish()
+worker.drain()
+worker.finish()  # which drains once more, and finds nothing to end
 assert found == losses[worker.stage], (worker.stage, found, losses[worker.stage])
 assert all(p.device.type == "meta" for n in range(1, world + 1) if n != worker.stage
            for m in apart.own(n) for p in m.parameters())
@@ -156,6 +157,40 @@ worker = Worker(made("stream", **STAGES)[0])
 averaged_once(worker, lambda rule: rule.own(worker.stage), 4 * worker.replica, 2)
 worker.finish()
 averaged_once(Replica(made("stream", states="chain", **STAGES)[0]), lambda rule: [rule], 2 * rank, 1)
+
+# Where an epoch ends replicas go by one's running statistics; until then each has those of its own share.
+def statistics(worker, module):
+    own = {name: value.tolist() for name, value in module.named_buffers() if "running_mean" in name}
+    found = [None] * world
+    dist.all_gather_object(found, (getattr(worker, "stage", 0), own))
+    mine, *others = [held for stage, held in found if stage == getattr(worker, "stage", 0)]
+    assert mine
+    return all(other == mine for other in others)
+
+
+def normed(name, **options):
+    network, x, _ = KINDS["mlp"][0](8)
+    width = network.embed(x).shape[1]
+    for n in (1, 5):
+        network.blocks[n] = nn.Sequential(network.blocks[n], nn.BatchNorm1d(width, dtype=x.dtype))
+    return hbll.make_rule(name, network, **options)
+
+
+worker = Worker(normed("greedy", stage=(3, 4)))
+for worker, module, place in ((worker, worker.module, worker.replica), (Replica(normed("bp")), None, rank)):
+    module = module or worker.rule
+    worker.backward(many[2 * place : 2 * place + 2], labels[2 * place : 2 * place + 2])
+    assert not statistics(worker, module)
+    worker.drain()
+    assert statistics(worker, module)
+    worker.close()
+
+# A batch no label of which counts moves nothing.
+for name in ("dgl", "predsim", "cff"):
+    worker = Worker(made(name, stage=(3, 4))[0])
+    assert worker.backward(many, torch.full_like(labels, -100)).loss == 0
+    assert not any(p.grad is not None and p.grad.any() for p in worker.parameters())
+    worker.finish()
 
 # A stage of which nothing is trained has nothing to average.
 rule, x, y = made("greedy", stage=(3, 4))

@@ -94,7 +94,7 @@ def test_an_interrupted_comparison_ends_as_one_that_was_not(finished, tmp_path):
     ("change", "sentence"),
     [
         ({"methods": ("bp", "papr")}, "did you mean paper"),
-        ({"methods": ()}, "at least one method"),
+        ({"methods": ()}, "at least one rule"),
         ({"methods": ("bp", "bp")}, "each only once"),
         ({"seeds": 0}, "--seeds must be at least 1"),
     ],

@@ -337,6 +337,17 @@ def test_what_a_launcher_does_not_say_is_told(capsys, monkeypatch, told, sentenc
     assert (stop.value.code, capsys.readouterr().err) == (2, f"hbll: {sentence}\n")
 
 
+def test_processes_that_would_train_a_run_each_are_told(capsys, monkeypatch):
+    for name, value in {"RANK": "1", **MEETING}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in SMALL])
+    sentence = (
+        "a launcher has started 2 processes, each of which would train a run of its own: give --parallel stages or data"
+    )
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"hbll: {sentence}, or start one\n")
+
+
 def test_a_timeout_is_above_0(capsys):
     with pytest.raises(SystemExit):
         cli.main([str(argument) for argument in [*STREAM, "--timeout", 0]])

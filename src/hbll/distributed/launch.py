@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 from hbll.distributed.link import lost
 from hbll.distributed.rollcall import roll_call
 
-__all__ = ["Backend", "all_say", "first_says", "join", "launched", "rank_of", "wait_for_all"]
+__all__ = ["Backend", "all_say", "first_says", "join", "launched", "processes_of", "rank_of", "wait_for_all"]
 
 Backend: TypeAlias = Literal["gloo", "nccl"]
 
@@ -24,6 +24,12 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def launched(environment: Mapping[str, str]) -> bool:
     """Whether a launcher has said anything."""
     return any(name in environment for name in VARIABLES)
+
+
+def processes_of(environment: Mapping[str, str]) -> int:
+    """The number of processes that a launcher has started; 1 if it says nothing that is a number."""
+    said = environment.get("WORLD_SIZE", "")
+    return int(said) if said.isdecimal() else 1
 
 
 def rank_of(environment: Mapping[str, str]) -> int:

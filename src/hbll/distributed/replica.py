@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hbll.calls import refuse_in_place
 from hbll.distributed.link import lost
+from hbll.distributed.share import take_over
 from hbll.rule import Rule, Step
 
 __all__ = ["Replica"]
@@ -37,7 +38,7 @@ class Replica:
         with lost("another replica"), warnings.catch_warnings():
             # The name that comes in its place is not known to all versions, and means something else.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            # Rules leave some parameters out in some steps; running statistics stay each one's.
+            # Rules leave some parameters out in some steps; running statistics stay each one's until an epoch ends.
             self._averaging = DistributedDataParallel(rule, find_unused_parameters=True, broadcast_buffers=False)
         self.rule = rule
         self.module: nn.Module = rule
@@ -81,7 +82,10 @@ class Replica:
         self.rule.load_carry(state)
 
     def drain(self) -> None:
-        """Nothing: what is in flight goes on with the next batch."""
+        """Ends an epoch: replicas have the running statistics of the first then. What is in flight goes on with the next
+        batch."""
+        with lost("another replica"):
+            take_over(self.rule, 0, None)
 
     def close(self) -> None:
         """Nothing: there are no links."""

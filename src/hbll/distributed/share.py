@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from hbll.distributed.link import lost
 from hbll.rule import Rule
 
-__all__ = ["Share", "average", "modules_of"]
+__all__ = ["Share", "average", "modules_of", "take_over"]
 
 
 class Share:
@@ -63,7 +63,10 @@ class Share:
         return self.module.parameters()
 
     def drain(self) -> None:
-        """Ends an epoch with no batch in flight."""
+        """Ends an epoch with no batch in flight; replicas have the running statistics of the first then."""
+        if self._data is not None:
+            with lost("a replica of this stage"):
+                take_over(self.module, int(self.mesh.mesh[self.place, 0]), self._data)
 
     def carry(self) -> dict[str, Any]:
         """What is kept from one epoch to the next, once the process is drained; the same in all replicas."""
@@ -127,6 +130,21 @@ def average(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
     together /= dist.get_world_size(group)
     for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+@torch.no_grad()
+def take_over(module: nn.Module, first: int, group: dist.ProcessGroup | None) -> None:
+    """Gives a module's buffers, which its replicas each move by their own share of a batch, the values of one of them.
+
+    Args:
+        first: the rank of that one.
+        group: the processes that have replicas; None: all.
+    """
+    for buffer in module.buffers():
+        values = buffer.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(values, first, group=group)
+        if not values.equal(buffer):
+            buffer.copy_(values)
 
 
 def modules_of(rule: Rule, stages: Sequence[int]) -> list[nn.Module]:

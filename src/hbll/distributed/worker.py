@@ -56,6 +56,7 @@ class Worker(Share):
         (self.stage,) = self.stages
         self.last = len(rule.stages)
         self._clock = 0  # steps of the rule in one process, those in which it is drained among them
+        self._drained = 0  # when the last epoch had ended
         self._refreshed = 0
         self._next: Sender | None = None
         self._before: Receiver | None = None
@@ -112,15 +113,19 @@ class Worker(Share):
         return None
 
     def drain(self) -> None:
-        """Ends an epoch with no batch in flight: refreshes what would be while the last one passes the later stages."""
-        self._refresh(self._clock + self.last - 2)
-        self._clock += self.last - 1
+        """Ends an epoch with no batch in flight: refreshes what would be while the last one passes the later stages. Does
+        nothing more when it is called again."""
+        super().drain()
+        if self._clock > self._drained:
+            self._refresh(self._clock + self.last - 2)
+            self._clock += self.last - 1
+            self._drained = self._clock
 
     def carry(self) -> dict[str, Any]:
         return {"clock": self._clock}
 
     def load_carry(self, state: Mapping[str, Any]) -> None:
-        self._clock = state["clock"]
+        self._clock = self._drained = state["clock"]
         self._refreshed = max(0, self._clock - 1)
 
     def close(self) -> None:

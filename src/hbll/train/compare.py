@@ -50,7 +50,7 @@ class Comparison:
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, not {self.seeds}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError("--methods needs at least one method, and each only once")
+            raise ValueError("--rules needs at least one rule, and each only once")
         self.recipe.check(self.methods)
 
     @property
