@@ -18,6 +18,7 @@ A run is a line of --out as soon as it ends, and not made again. Needs torch, nu
 import argparse
 import itertools
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -180,6 +181,8 @@ def late_pipeline(network: hbll.Chain, optimize: Optimize, m: int = 4) -> Traine
     stage = TwoVersions(pieces[rank], rank, world, m)
 
     def learn(batches: Sequence[Batch], update: Callable[[], None]) -> None:
+        if not batches:  # between two looks
+            return
         with torch.no_grad():
             state = network.embed(batches[0][0].chunk(m)[0])
         stage.run(batches, update, state)
@@ -450,6 +453,13 @@ def main() -> int:
     if options.task == "table":
         print(table(ledger.read(options.file)))
         return 0
+    size = options.batch_size or full_depth.TASKS[options.task].batch_size
+    for arm in options.arms:
+        micros = re.search(r"\bm=(\d+)", arm)
+        if micros and (int(micros[1]) < 2 or size % int(micros[1])):
+            parser.error(
+                f"{arm!r}: two processes need two micro-batches at least, and {size} samples that split into them"
+            )
     if processes.launched():
         train(options)
     known = ledger.read(options.out) if options.out else []

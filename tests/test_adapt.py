@@ -274,6 +274,24 @@ class TestWhatIsEasilyLost:
             original.used[0].weight.zero_()
         torch.testing.assert_close(twin(x), 2 * twin.used[0](x))
 
+    @pytest.mark.parametrize("held", [[], {}])
+    def test_what_parts_share_their_copies_share(self, held):
+        def put(x):
+            held.update(x=x) if isinstance(held, dict) else held.append(x)
+            return x
+
+        def take(z):
+            return z + (held.pop("x") if isinstance(held, dict) else held.pop())
+
+        net = hbll.Chain(hbll.part(put), [nn.Linear(5, 5)], hbll.part(functools.partial(take)))
+        x = torch.randn(4, 5)
+        torch.testing.assert_close(copy.deepcopy(net)(x), net(x))
+        assert not held
+        itself = [lambda z: z]
+        itself.append(itself)
+        twin = copy.deepcopy(hbll.part(lambda z: itself[1][0](z)))
+        torch.testing.assert_close(twin(x), x)
+
     def test_a_global_module_of_an_attributes_name_is_no_hindrance(self, monkeypatch):
         linear, x = nn.Linear(6, 3), torch.randn(4, 6)
         held = SimpleNamespace(project=linear)

@@ -40,13 +40,22 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     have around them."""
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, partial):
+    made: Any
+    if type(value) is partial:
         given = {name: _copied(own, memo) for name, own in value.keywords.items()}
-        return partial(_copied(value.func, memo), *(_copied(own, memo) for own in value.args), **given)
-    if type(value) in (list, tuple):
-        return type(value)(_copied(own, memo) for own in value)
+        made = partial(_copied(value.func, memo), *(_copied(own, memo) for own in value.args), **given)
+        made.__dict__.update(_copied(vars(value), memo))
+        return memo.setdefault(id(value), made)
+    if type(value) is tuple:
+        return memo.setdefault(id(value), tuple(_copied(own, memo) for own in value))
+    if type(value) is list:
+        made = memo[id(value)] = []  # before what is in it, where it may be itself
+        made.extend(_copied(own, memo) for own in value)
+        return made
     if type(value) is dict:
-        return {key: _copied(own, memo) for key, own in value.items()}
+        made = memo[id(value)] = {}
+        made.update((key, _copied(own, memo)) for key, own in value.items())
+        return made
     if not isinstance(value, FunctionType):
         return copy.deepcopy(value, memo)
     for name in _names(value.__code__):
@@ -163,9 +172,11 @@ def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
 
 
 def _random_states() -> tuple[Any, ...]:
-    """Where the random numbers stand that a forward may draw on a CPU."""
+    """Where the random numbers stand that a forward may draw, but for generators of its own."""
     name, keys, *rest = np.random.get_state()
-    return torch.get_rng_state().tolist(), random.getstate(), (name, np.asarray(keys).tolist(), *rest)
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = [state.tolist() for state in (torch.get_rng_state(), *on_gpus)]
+    return states, random.getstate(), (name, np.asarray(keys).tolist(), *rest)
 
 
 def _registered(model: nn.Module, name: str) -> bool:

@@ -189,7 +189,16 @@ for worker, module, place in ((worker, worker.module, worker.replica), (Replica(
 for name in ("dgl", "predsim", "cff"):
     worker = Worker(made(name, stage=(3, 4))[0])
     assert worker.backward(many, torch.full_like(labels, -100)).loss == 0
-    assert not any(p.grad is not None and p.grad.any() for p in worker.parameters())
+    assert all(p.grad is None for p in worker.parameters())
+    # Where another replica has some it counts for nothing in their mean.
+    own = labels if worker.replica else torch.full_like(labels, -100)
+    worker.backward(many, own)
+    alone = made(name, stage=(3, 4))[0]
+    alone(many, labels).loss.backward()
+    for p, q in zip(worker.parameters(), (p for m in alone.own(worker.stage) for p in m.parameters()), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(2 * p.grad, q.grad, rtol=1e-12, atol=1e-12)
     worker.finish()
 
 # A stage of which nothing is trained has nothing to average.

@@ -143,6 +143,23 @@ def test_what_a_sample_aims_at_does_not_depend_on_whose_labels_count_beside_it(e
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("every_step", [True, False])
+def test_a_head_may_look_at_states_as_rows(name, every_step):
+    class Rows(nn.Linear):
+        def forward(self, h):
+            return super().forward(h.view(-1, WIDTH)).view(*h.shape[:-1], OUTPUTS)
+
+    x, y, _ = batch(every_step)
+    rule = made(name, every_step)
+    expected = gradients(rule, x, y)[1]
+    head = Rows(WIDTH, OUTPUTS)
+    head.load_state_dict(rule.network.head.state_dict())
+    rule.network.head = head
+    for parameter, gradient in gradients(rule, x, y)[1].items():
+        torch.testing.assert_close(gradient, expected[parameter])
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_a_head_may_have_weights_that_it_does_not_use(name):
     x, y, _ = batch(False)
     rule = made(name, False)

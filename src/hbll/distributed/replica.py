@@ -8,6 +8,7 @@ for x, y in shares:                                                        # of 
     optimizer.zero_grad()
     worker.backward(x, y)
     optimizer.step()
+worker.drain()                                                             # at an epoch's end: running statistics are one's
 """
 
 import warnings

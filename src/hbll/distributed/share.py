@@ -115,10 +115,15 @@ class Share:
         return f"stage {first}" if first == last else f"the process of stages {first} to {last}"
 
     def _average(self) -> None:
-        """Makes gradients the mean over the replicas."""
-        if self._data is not None:
+        """Makes gradients the mean over the replicas; one that has none, as where no label of its share counts, has 0."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if self._data is not None and trained:
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+            some = found[0].new_tensor([p.grad is not None for p in trained])
             with lost("a replica of this stage"):
-                average([p.grad for p in self.parameters() if p.grad is not None], self._data)
+                average([*found, some], self._data)
+            for parameter, gradient, any_has in zip(trained, found, some.tolist(), strict=True):
+                parameter.grad = gradient if any_has else None
 
 
 def average(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
@@ -142,7 +147,7 @@ def take_over(module: nn.Module, first: int, group: dist.ProcessGroup | None) ->
     """
     for buffer in module.buffers():
         values = buffer.clone(memory_format=torch.contiguous_format)
-        dist.broadcast(values, first, group=group)
+        dist.broadcast(values.flatten().view(torch.uint8), first, group=group)  # of which every backend knows how
         if not values.equal(buffer):
             buffer.copy_(values)
 

@@ -115,8 +115,8 @@ class Worker(Share):
     def drain(self) -> None:
         """Ends an epoch with no batch in flight: refreshes what would be while the last one passes the later stages. Does
         nothing more when it is called again."""
-        super().drain()
         if self._clock > self._drained:
+            super().drain()
             self._refresh(self._clock + self.last - 2)
             self._clock += self.last - 1
             self._drained = self._clock

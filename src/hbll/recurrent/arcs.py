@@ -29,7 +29,8 @@ class ArcCells(nn.Module):
     """The cells of all arcs; those of arcs that share a cell are evaluated in one call.
 
     Args:
-        kind: makes a cell of so many inputs and so many units: a class, or a functools.partial of one with options.
+        kind: makes a cell of so many inputs and so many units: a class, or a functools.partial of one with options. It is
+            pickled with the network.
         inputs: of each of the cells.
         width: H, units of the hidden state.
     """

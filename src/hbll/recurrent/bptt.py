@@ -51,4 +51,4 @@ class FusedBackpropagation(Backpropagation):
             raise ValueError("the fused baseline needs sequences of equal length; bptt takes unequal ones")
         weights: dict[str, Tensor] = {f"{name}_l0": value for name, value in self.network.cell.named_parameters()}
         hidden, _ = functional_call(self._fused[0], weights, (x.transpose(0, 1),))
-        return hidden if self.network.every_step else hidden[:, -1]
+        return hidden.contiguous() if self.network.every_step else hidden[:, -1].contiguous()

@@ -121,7 +121,8 @@ def head_credit(
     weights = [p for p in network.head.parameters() if p.requires_grad]
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
-        value = mean_loss(loss, network.head(leaf.transpose(0, 1) if network.every_step else leaf), y, counted)
+        read = leaf.transpose(0, 1).contiguous() if network.every_step else leaf  # as the network's own head has it
+        value = mean_loss(loss, network.head(read), y, counted)
     credit, *found = torch.autograd.grad(value, [leaf, *weights], allow_unused=True)
     used = [(weight, gradient) for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
     credit = torch.zeros_like(hidden) if credit is None else credit

@@ -268,7 +268,10 @@ class LocalRule(Rule):
         if not last:
             hand_on(Message(state, given.labels, detached(context)))
         if not len(labels):
-            yield self.nothing(given.labels, step, k)
+            nothing = torch.zeros((), device=state.device)
+            step.report([k], error=nothing.unsqueeze(0))
+            step.label_loss = nothing if last else step.label_loss
+            yield StageLoss(k, nothing)
             return
         if not last or self.apart:
             value = local_loss(k, labels.rows(output), labels.classes)
@@ -281,14 +284,10 @@ class LocalRule(Rule):
         if last and self.apart:
             yield StageLoss(k, self.label_loss(self.logits(state, detached(context)), given.labels, step))
 
-    def nothing(self, y: Tensor, step: Step, stage: int | None = None) -> StageLoss:
-        """The loss, 0, of a batch no label of which counts: nothing moves.
-
-        Args:
-            stage: whose loss it is; by default the last one's, of a step that has no other.
-        """
+    def nothing(self, y: Tensor, step: Step) -> StageLoss:
+        """The loss, 0, of a batch no label of which counts: nothing moves."""
         step.label_loss = torch.zeros((), device=y.device)
-        return StageLoss(stage or len(self.stages), step.label_loss)
+        return StageLoss(len(self.stages), step.label_loss)
 
     def logits(self, state: Tensor, context: Context) -> Tensor:
         """The head's scores of the last state, (B, C) or (B, T, C).

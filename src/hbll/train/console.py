@@ -138,6 +138,8 @@ def measuring(progress: Progress) -> OnBatch:
     bar = progress.add_task("measuring", total=None, visible=False)
 
     def on_batch(done: int, batches: int) -> None:
+        if done == 1:
+            progress.reset(bar)
         progress.update(bar, completed=done, total=batches, visible=done < batches)
 
     return on_batch
