@@ -23,8 +23,8 @@ INTRODUCTION = """# Leaderboard
 Made by `python benchmarks/leaderboard.py` from the lines of `benchmarks/full_depth.py`; do not edit. Mean and standard
 deviation over seeds, on test samples, which chose nothing: learning rates are those with the best result on held-out
 training samples (* the highest or lowest one tried). Span and work are counted, as shares of backpropagation's; MiB are the
-peak of a step beside weights, gradients and optimizer; both of `2bw`, which is late, as if one device made the step: on two
-it waits for half of its span, and holds other versions of the weights. The cosine is that of stage 1's gradient with
+peak of a step beside weights, gradients and optimizer; those of `2bw` are of one device that makes the whole step: on
+two it waits for half of the span, and holds two versions of the weights. The cosine is that of stage 1's gradient with
 backpropagation's, early and late in the training. These are of the row's first run; seconds are of its runs on the device
 named, which others may have shared, and not comparable.
 """
