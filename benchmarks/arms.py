@@ -225,6 +225,15 @@ def torch_pipeline(config: Config, micros: int, zero_bubble: bool = False) -> Ar
     return by_gradients(walk, optimizer, network, config)
 
 
+def unfit(batch: int, micros: int, world: int) -> str | None:
+    """Why a batch cannot pass so many processes in so many micro-batches without a flush; None if it can."""
+    if not micros or batch % micros:
+        return f"a batch of {batch} cannot be split into {micros}"
+    if micros < world:
+        return f"it needs as many micro-batches as processes, {world}"
+    return None
+
+
 class TwoVersions:
     """A stage of 2BW: batch t is answered by the weights as they were before the update of batch t - 1.
 
@@ -289,10 +298,8 @@ def two_versions(config: Config, micros: int) -> Arm | str:
         return "a pipeline needs two processes"
     if config.device.type == "cuda":
         return "its messages have tags, which NCCL has not"
-    if config.batch % micros:
-        return f"a batch of {config.batch} cannot be split into {micros}"
-    if micros < config.world:
-        return f"it needs as many micro-batches as processes, {config.world}"
+    if reason := unfit(config.batch, micros, config.world):
+        return reason
     network = config.network()
     piece = Piece(network, sizes_of(config.blocks, config.world), config.rank)
     stage = TwoVersions(piece, config.rank, config.world, micros)

@@ -33,7 +33,7 @@ import ledger
 import processes
 import torch
 import torch.distributed as dist
-from arms import Piece, TwoVersions, loss_of, sizes_of
+from arms import Piece, TwoVersions, loss_of, sizes_of, unfit
 from gate import gate
 from leaderboard import accuracy, groups
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ from hbll.train import make_optimizers
 SETTING = ("task", "blocks", "width", "batch_size", "train_samples", "steps", "rate", "looks")
 """What runs that are compared have in common."""
 
+PROCESSES, MICROS = 2, 4
+"""Those that train together, and the micro-batches of a pipeline of which nothing else is said."""
 
 Batch = tuple[Tensor, Tensor]
 Optimize = Callable[[hbll.Rule, nn.Module], list[torch.optim.Optimizer]]
@@ -152,7 +154,7 @@ def put_together(pieces: Sequence[Piece]) -> Iterator[None]:
     yield
 
 
-def pipeline(network: hbll.Chain, optimize: Optimize, m: int = 4) -> Trained:
+def pipeline(network: hbll.Chain, optimize: Optimize, m: int = MICROS) -> Trained:
     """1F1B by torch, on m micro-batches; a stage's optimizer has its matrices whole, and gradients are clipped together."""
     rank, world, pieces = dist.get_rank(), dist.get_world_size(), pieces_of(network)
     own = list(pieces[rank].parameters())
@@ -174,7 +176,7 @@ def pipeline(network: hbll.Chain, optimize: Optimize, m: int = 4) -> Trained:
     return Trained(network, optimizers, clip, learn, whole=partial(put_together, pieces))
 
 
-def late_pipeline(network: hbll.Chain, optimize: Optimize, m: int = 4) -> Trained:
+def late_pipeline(network: hbll.Chain, optimize: Optimize, m: int = MICROS) -> Trained:
     """2BW on m micro-batches: a pipeline without a flush, whose gradients are late by a step. Each stage clips its own, for
     the norm of all would be there only when the first has ended its step, and the others would wait for it."""
     rank, world, pieces = dist.get_rank(), dist.get_world_size(), pieces_of(network)
@@ -455,11 +457,10 @@ def main() -> int:
         return 0
     size = options.batch_size or full_depth.TASKS[options.task].batch_size
     for arm in options.arms:
-        micros = re.search(r"\bm=(\d+)", arm)
-        if micros and (int(micros[1]) < 2 or size % int(micros[1])):
-            parser.error(
-                f"{arm!r}: two processes need two micro-batches at least, and {size} samples that split into them"
-            )
+        said = re.search(r"\bm=(\d+)", arm)
+        reason = unfit(size, int(said[1]) if said else MICROS, PROCESSES)
+        if arm.split()[0] in ("1F1B", "2BW") and reason:
+            parser.error(f"{arm!r}: {reason}")
     if processes.launched():
         train(options)
     known = ledger.read(options.out) if options.out else []
@@ -467,7 +468,7 @@ def main() -> int:
         report(known, options)
         return 0
     gate({arm.split()[0] for arm in options.arms} - RIVALS.keys() | {"bp"})
-    return processes.launch(2)
+    return processes.launch(PROCESSES)
 
 
 if __name__ == "__main__":

@@ -373,6 +373,25 @@ class TestTimes:
             "| alone | 1 | 0.3000 | 90.00 | 25.00 | - | - | - |",
         ]
 
+    @pytest.mark.parametrize(
+        ("arm", "size", "sentence"),
+        [
+            ("2BW m=3", 16, "a batch of 16 cannot be split into 3"),
+            ("2BW ef", 6, "a batch of 6 cannot be split into 4"),
+            ("1F1B m=1", 16, "it needs as many micro-batches as processes, 2"),
+            ("1F1B m=0", 16, "a batch of 16 cannot be split into 0"),
+        ],
+    )
+    def test_batches_that_no_pipeline_takes(self, tmp_path, monkeypatch, capsys, arm, size, sentence):
+        import wallclock
+
+        given = ["characters", "--data-dir", tmp_path, "--batch-size", size, "--arms", arm]
+        monkeypatch.setattr("sys.argv", ["wallclock.py", *map(str, given)])
+        with pytest.raises(SystemExit) as stop:
+            wallclock.main()
+        assert stop.value.code == 2
+        assert f"error: '{arm}': {sentence}\n" in capsys.readouterr().err
+
     def test_arms_train_what_they_say(self, tmp_path):
         """DDP and 1F1B are backpropagation; 2BW is a network in two pieces whose gradients are those of the weights before
         the last update; replicas that have never met are two runs on half of each batch, of which the mean is measured. What

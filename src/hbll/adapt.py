@@ -42,8 +42,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     made: Any
     if type(value) is partial:
-        given = {name: _copied(own, memo) for name, own in value.keywords.items()}
-        made = partial(_copied(value.func, memo), *(_copied(own, memo) for own in value.args), **given)
+        given = _copied(value.keywords, memo)
+        made = partial(_copied(value.func, memo), *_copied(value.args, memo), **given)
         made.__dict__.update(_copied(vars(value), memo))
         return memo.setdefault(id(value), made)
     if type(value) is tuple:
@@ -69,8 +69,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     memo[id(value)] = made  # before what is around it, where it may be itself
     for own, cell in zip(cells, value.__closure__ or (), strict=True):
         own.cell_contents = _copied(cell.cell_contents, memo)
-    made.__defaults__ = value.__defaults__ and tuple(_copied(default, memo) for default in value.__defaults__)
-    made.__kwdefaults__ = value.__kwdefaults__ and {k: _copied(v, memo) for k, v in value.__kwdefaults__.items()}
+    made.__defaults__ = _copied(value.__defaults__, memo)
+    made.__kwdefaults__ = _copied(value.__kwdefaults__, memo)
     return made
 
 

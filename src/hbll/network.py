@@ -78,8 +78,9 @@ class Chain(nn.Module):
             feature_dim: as of the class.
 
         Raises:
-            ValueError: the model has no such module, they do not come in this order, embed or head would be empty, or
-                something else than one state crosses a cut.
+            ValueError: the model has no such module, they do not come in this order, embed or head would be empty,
+                something else than one state crosses a cut, or the forward draws random numbers itself (of a generator of
+                its own that is not seen).
         """
         embed, *blocks, head = split(model, at)
         return cls(embed, blocks, head, feature_dim)

@@ -116,14 +116,17 @@ class Share:
 
     def _average(self) -> None:
         """Makes gradients the mean over the replicas; one that has none, as where no label of its share counts, has 0."""
+        if self._data is None:
+            return
         trained = [p for p in self.parameters() if p.requires_grad]
-        if self._data is not None and trained:
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-            some = found[0].new_tensor([p.grad is not None for p in trained])
-            with lost("a replica of this stage"):
-                average([*found, some], self._data)
-            for parameter, gradient, any_has in zip(trained, found, some.tolist(), strict=True):
-                parameter.grad = gradient if any_has else None
+        if not trained:
+            return
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        some = found[0].new_tensor([p.grad is not None for p in trained])
+        with lost("a replica of this stage"):
+            average([*found, some], self._data)
+        for parameter, gradient, any_has in zip(trained, found, some.tolist(), strict=True):
+            parameter.grad = gradient if any_has else None
 
 
 def average(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:

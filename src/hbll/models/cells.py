@@ -251,16 +251,16 @@ CELLS: dict[str, type[Cell]] = {"gru": GRU, "elman": Elman, "lstm": LSTM}
 class OneHot(nn.Module):
     """Symbols (...) as unit vectors (..., symbols): what the input map of a cell makes of them is an embedding."""
 
-    kind: Tensor
+    like: Tensor
 
     def __init__(self, symbols: int) -> None:
         super().__init__()
         self.symbols = symbols
-        self.register_buffer("kind", torch.empty(0), persistent=False)  # what the network's numbers are
+        self.register_buffer("like", torch.empty(0), persistent=False)  # what the network's numbers are
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises ValueError for a symbol that is not within 0 .. symbols - 1."""
         try:
-            return F.one_hot(x, self.symbols).to(self.kind)
+            return F.one_hot(x, self.symbols).to(self.like)
         except RuntimeError as error:
             raise ValueError(f"symbols are numbered 0 to {self.symbols - 1}: {error}") from error

@@ -110,6 +110,7 @@ class PaperRule(RecurrentRule):
         left = [(tree.left(n), n) for n in level]
         right = [(n, tree.right(n)) for n in level]
         prior = network.cells(x, left, torch.stack([states[a] for a, _ in left]), first)
+        # Two leaves, for the means that they come into are over different numbers of samples.
         at_node, at_head = (prior.detach().requires_grad_() for _ in range(2))
         ends = network.cells(x, right, at_node, first)
         errors, label, samples = self._errors(y, at_head, ends, right, states, present)
@@ -117,7 +118,7 @@ class PaperRule(RecurrentRule):
         trained += [x] if x.requires_grad else []
         found = torch.autograd.grad(errors.sum(), [at_node, at_head, *trained], materialize_grads=True)
         # Each sample's own gradient: that of a mean times the number of samples in it.
-        across, here = (g * of.to(g.dtype)[:, None, None] for g, of in zip(found, samples, strict=False))
+        across, here = (g * of.to(g.dtype)[:, None, None] for g, of in zip(found[:2], samples, strict=True))
         target = prior.detach() + self.variance * taylor(across + here, self.step_length)
         moved = (wide(prior) - wide(target)).square().sum(-1).mean(1).sum() / (2 * self.variance)
         return attach_gradients(errors.sum(), trained, found[2:]) + moved, target, errors.detach(), label.detach()

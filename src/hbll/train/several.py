@@ -18,6 +18,7 @@ from typing import TypeAlias
 import torch
 
 from hbll.train.divergence import DivergedError
+from hbll.train.evaluate import OnBatch
 from hbll.train.loop import train
 from hbll.train.run import Run
 
@@ -67,9 +68,9 @@ def train_several(
                 on_end(under_way.pop(future), future.result())
 
 
-def _train(run: Run, on_step: Callable[[int, int], None]) -> str | None:
+def _train(run: Run, on_step: Callable[[int, int], None], on_batch: OnBatch = lambda done, batches: None) -> str | None:
     try:
-        train(run, resume=run.configuration_file.exists(), on_step=on_step)
+        train(run, resume=run.configuration_file.exists(), on_step=on_step, on_batch=on_batch)
     except DivergedError as error:
         return str(error)
     return None
@@ -153,12 +154,15 @@ def _end_with_parent() -> None:
 def _train_apart(run: Run) -> str | None:
     last = 0.0
 
-    def on_step(done: int, steps: int) -> None:
-        nonlocal last
+    def heed() -> None:
         if _stop.is_set():
             signal.raise_signal(signal.SIGINT)  # as if Ctrl-C had been pressed here: `train` saves and ends
+
+    def on_step(done: int, steps: int) -> None:
+        nonlocal last
+        heed()
         if time.monotonic() > last + TELLS_EVERY:
             last = time.monotonic()
             _told.put((run, done, steps))
 
-    return _train(run, on_step)
+    return _train(run, on_step, lambda done, batches: heed())
